@@ -1,0 +1,60 @@
+"""How to reach Redis and Kafka: addresses, timeouts, and the client classes.
+
+`KafkaClients` holds aiokafka's classes as constructor arguments of the backends, so that the
+simulation can hand in a log of its own with the same semantics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from dispatcher.backends.scripts import Redis
+
+REDIS_TIMEOUT_S = 2.0
+"""A command without an answer for this long counts as unanswered."""
+
+
+def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connections: int = 64) -> Redis:
+    """Make a client; it connects on first use and reconnects by itself."""
+    return redis.asyncio.Redis.from_url(
+        url,
+        protocol=2,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        socket_keepalive=True,
+        max_connections=max_connections,
+        retry=Retry(NoBackoff(), 1),
+        retry_on_error=[],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KafkaClients:
+    """Constructors of Kafka clients, each already pointed at the brokers."""
+
+    consumer: Callable[..., Any]
+    producer: Callable[..., Any]
+    admin: Callable[..., Any]
+
+
+def connect_kafka(bootstrap: str) -> KafkaClients:
+    """aiokafka's own clients for `bootstrap` (`host:port[,host:port]`)."""
+
+    def consumer(*topics: str, **options: Any) -> AIOKafkaConsumer:
+        return AIOKafkaConsumer(*topics, bootstrap_servers=bootstrap, enable_auto_commit=False, **options)
+
+    def producer(**options: Any) -> AIOKafkaProducer:
+        return AIOKafkaProducer(bootstrap_servers=bootstrap, **options)
+
+    def admin(**options: Any) -> AIOKafkaAdminClient:
+        return AIOKafkaAdminClient(bootstrap_servers=bootstrap, **options)
+
+    return KafkaClients(consumer=consumer, producer=producer, admin=admin)

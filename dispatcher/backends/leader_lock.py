@@ -1,0 +1,80 @@
+"""The leader lock: acquire makes an epoch, renew prolongs it, resign gives it back.
+
+The lock decides who may try; the epoch, compared by every leader script, is what keeps a deposed
+leader from writing. `Lease` is the local half: by its own monotonic clock, counted from before the
+request was sent, a leader stops when in doubt.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dispatcher.backends.scripts import ScriptRunner
+from dispatcher.errors import Deposed
+from dispatcher.protocol.names import Names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Somebody else leads; `renewals` stands still when that leader does."""
+
+    token: str
+    renewals: int
+
+
+class Lease:
+    """Leadership as this process may believe in it: a token and a local deadline."""
+
+    def __init__(self, token: str, *, until: float, clock: Callable[[], float]) -> None:
+        self.token = token
+        self.until = until
+        self._clock = clock
+
+    @property
+    def epoch(self) -> int:
+        """The number in the token: the first half of every attempt made under it."""
+        return int(self.token.partition(":")[0])
+
+    def check(self) -> None:
+        """Raise Deposed when the lease may have run out; called before each act."""
+        if self._clock() >= self.until:
+            raise Deposed("the lease ran out by this process's own clock")
+
+
+class LeaderLock:
+    """The lock of one pool."""
+
+    def __init__(
+        self, runner: ScriptRunner, names: Names, *, ttl_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._runner = runner
+        self._keys = (names.leader, names.epoch, names.renewals)
+        self._ttl_ms = int(ttl_s * 1000)
+        self._clock = clock
+
+    async def acquire(
+        self, *, depose: str = "", new_owner: Callable[[], str] = lambda: uuid.uuid4().hex
+    ) -> Lease | Held:
+        """Try once. `depose` names the token of a leader that stood still for three TTLs.
+
+        Raises:
+            StoreUnavailable: Redis did not answer.
+        """
+        sent = self._clock()
+        got, token, *rest = await self._runner.run("acquire", self._keys, [new_owner(), self._ttl_ms, depose])
+        if got:
+            return Lease(token.decode(), until=sent + self._ttl_ms / 1000, clock=self._clock)
+        return Held(token=token.decode(), renewals=int(rest[0]))
+
+    async def renew(self, lease: Lease) -> None:
+        """Prolong `lease`, or raise Deposed."""
+        sent = self._clock()
+        if not await self._runner.run("renew", self._keys, [lease.token, self._ttl_ms]):
+            raise Deposed("another dispatcher took the lock")
+        lease.until = sent + self._ttl_ms / 1000
+
+    async def resign(self, lease: Lease) -> None:
+        """Give the lock back so that a standby leads at once."""
+        await self._runner.run("resign", self._keys[:1], [lease.token])

@@ -1,0 +1,246 @@
+"""What a leader writes to Redis: one method per script, each fenced by the epoch.
+
+Values in, values out; no policy. A method that raises StoreUnavailable may have had its effect:
+calling it again with the same arguments is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from dispatcher.backends.leader_lock import Lease
+from dispatcher.backends.scripts import Argument, ScriptRunner, translate
+from dispatcher.protocol.names import JobId, Names, Ref
+
+IDENTITY_WINDOW_MS = 600_000
+"""How long (tenant, id) is remembered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignItem:
+    """One request to bind; `from_pending` when it was bound before."""
+
+    job: JobId
+    incarnation: str
+    cost_tokens: int
+    from_pending: bool
+    identity: str = ""
+    fingerprint: str = ""
+    data: bytes = b""
+    envelope: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseItem:
+    """One ending decided by the leader. `job` when it is in a node's hands; `kind` none, outcome or dead."""
+
+    place: str
+    ref: Ref
+    kind: str
+    id: str = ""
+    payload: bytes = b""
+    job: JobId | None = None
+    identity: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryItem:
+    """A failed or released attempt that goes back to pending."""
+
+    entry: bytes
+    job: JobId
+    not_before_ms: int
+    failures: int
+    excluded: tuple[str, ...]
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdoptItem:
+    """An attempt that an agent still runs after Redis lost its data."""
+
+    job: JobId
+    cost_tokens: int
+    identity: str
+    fingerprint: str
+    envelope: bytes
+    data: bytes
+
+
+class LeaderStore:
+    """The leader's scripts for one pool under one lease."""
+
+    def __init__(self, runner: ScriptRunner, names: Names, lease: Lease) -> None:
+        self._runner = runner
+        self.names = names
+        self.lease = lease
+
+    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[bytes]:
+        self.lease.check()
+        answer: list[bytes] = await self._runner.run(name, keys, [self.lease.token, *arguments])
+        return answer
+
+    async def assign(
+        self, items: Sequence[AssignItem], marks: Mapping[str, int], *, now_iso: str
+    ) -> list[str]:
+        """Bind `items` and advance *assigned* marks; answers as in assign.lua."""
+        names = self.names
+        arguments: list[Argument] = [
+            names.prefix,
+            names.pool,
+            now_iso,
+            IDENTITY_WINDOW_MS,
+            len(marks),
+            len(items),
+        ]
+        for source, low in marks.items():
+            arguments += (source, low)
+        for item in items:
+            job = item.job
+            arguments += (
+                "pending" if item.from_pending else "log",
+                job.node,
+                item.incarnation,
+                str(job),
+                str(job.ref),
+                job.ref.source,
+                job.ref.offset,
+                item.cost_tokens,
+                item.identity,
+                item.fingerprint,
+                item.data,
+                item.envelope,
+            )
+        keys = (names.epoch, names.generation, names.marks, names.pending)
+        return [answer.decode() for answer in await self._run("assign", keys, arguments)]
+
+    async def close(self, items: Sequence[CloseItem]) -> list[str]:
+        """Decide endings; answers as in close.lua."""
+        names = self.names
+        arguments: list[Argument] = [names.prefix, names.pool, IDENTITY_WINDOW_MS, len(items)]
+        for item in items:
+            arguments += (
+                item.place,
+                str(item.ref),
+                item.ref.source,
+                item.ref.offset,
+                item.job.node if item.job else "",
+                str(item.job) if item.job else "",
+                item.kind,
+                item.id,
+                item.payload,
+                item.identity,
+                item.fingerprint,
+            )
+        keys = (names.epoch, names.marks, names.pending, names.closing)
+        return [answer.decode() for answer in await self._run("close", keys, arguments)]
+
+    async def requeue(self, node: str, mode: str, incarnation: str, cause: str) -> list[Ref] | None:
+        """Move a node's work to pending; None when the node has another incarnation by now (fence)."""
+        names = self.names
+        keys = (
+            names.epoch,
+            names.pending,
+            names.node(node),
+            names.claimed(node),
+            names.queue_key(node),
+            names.intermediate(node),
+            names.wip(node),
+            names.control(node),
+        )
+        state, *refs = await self._run("requeue", keys, [names.prefix, node, mode, incarnation, cause])
+        return [Ref.parse(ref.decode()) for ref in refs] if state == b"ok" else None
+
+    async def retry(self, items: Sequence[RetryItem]) -> list[str]:
+        """Put failed attempts back to pending; answers as in retry.lua."""
+        names = self.names
+        arguments: list[Argument] = [names.prefix, len(items)]
+        for item in items:
+            arguments += (
+                item.entry,
+                str(item.job),
+                str(item.job.ref),
+                item.not_before_ms,
+                item.failures,
+                ",".join(item.excluded),
+                item.cause,
+            )
+        keys = (names.epoch, names.pending, names.closing)
+        return [answer.decode() for answer in await self._run("retry", keys, arguments)]
+
+    async def settle(self, positions: Mapping[int, int], entries: Sequence[tuple[bytes, str]]) -> None:
+        """Drop published closing entries (entry id, job id to delete or '')."""
+        names = self.names
+        arguments: list[Argument] = [len(positions)]
+        for partition, offset in positions.items():
+            arguments += (partition, offset)
+        for entry, job in entries:
+            arguments += (entry, job)
+        await self._run("settle", (names.epoch, names.closing, names.settled), arguments)
+
+    async def admit(self, node: str, *, forget: bool = False) -> None:
+        """Enter a node into the shared sets, or take it out."""
+        names = self.names
+        keys = (names.epoch, names.nodes, "rq:queues", "rq:workers", f"rq:workers:{names.queue(node)}")
+        arguments = [node, names.queue_key(node), names.worker(node), "forget" if forget else "admit"]
+        await self._run("admit", keys, arguments)
+
+    async def begin_generation(
+        self, generation: str, marks: Mapping[str, int], above: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Start a new generation with these *assigned* marks and taken offsets above them."""
+        names = self.names
+        arguments: list[Argument] = [names.prefix, names.pool, generation, len(marks)]
+        for source, low in marks.items():
+            arguments += (source, low)
+        for source, offsets in above.items():
+            for start in range(0, len(offsets), 1000):
+                part = offsets[start : start + 1000]
+                arguments += (source, len(part), *part)
+        keys = (
+            names.epoch,
+            names.generation,
+            names.marks,
+            names.pending,
+            names.closing,
+            names.nodes,
+            names.settled,
+        )
+        await self._run("begin_generation", keys, arguments)
+
+    async def adopt(
+        self, node: str, incarnation: str, items: Sequence[AdoptItem], *, lease_s: float, now_iso: str
+    ) -> list[str]:
+        """Accept attempts that an agent still runs; answers as in adopt.lua."""
+        names = self.names
+        arguments: list[Argument] = [
+            names.prefix,
+            incarnation,
+            int(lease_s * 1000),
+            now_iso,
+            names.queue(node),
+            IDENTITY_WINDOW_MS,
+            len(items),
+        ]
+        for item in items:
+            ref = item.job.ref
+            arguments += (str(item.job), str(ref), ref.source, ref.offset, item.cost_tokens)
+            arguments += (item.identity, item.fingerprint, item.envelope, item.data)
+        keys = (names.epoch, names.node(node), names.claimed(node), names.marks, names.wip(node))
+        return [answer.decode() for answer in await self._run("adopt", keys, arguments)]
+
+    async def held_inventory(self, node: str) -> dict[str, tuple[bytes, bytes]]:
+        """What a node registered as held: job id to (envelope, data)."""
+        try:
+            held = await self._runner.client.hgetall(self.names.held(node))
+        except RedisError as error:
+            raise translate(error, "held inventory") from error
+        pairs = {}
+        for job, value in held.items():
+            envelope, _, data = value.partition(b"\n")
+            pairs[job.decode()] = (envelope, data)
+        return pairs

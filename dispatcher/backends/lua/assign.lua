@@ -1,0 +1,77 @@
+#!lua
+-- Bind a batch of requests to nodes: fence, drop duplicates, push RQ jobs, advance *assigned* marks.
+-- KEYS  1 epoch  2 generation  3 marks  4 pending
+-- ARGV  1 token  2 key prefix  3 pool  4 now (ISO 8601, for RQ)  5 id window ms  6 marks m  7 items n
+--       m x (source, low)
+--       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
+--            identity key, fingerprint, data, envelope)
+-- Returns one answer per item:
+--   'ok'                  pushed
+--   'already'             it is in Redis or was: success for a repeated call
+--   'gone'                the node is fenced or has another incarnation: choose again
+--   'dup|<ref>|<print>'   its (tenant, id) belongs to another record
+-- Deliberately without allow-oom: at maxmemory nothing new is bound, so that work can end.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return redis.error_reply('DEPOSED a newer epoch exists')
+end
+local prefix, pool, now, window = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local marks, items = tonumber(ARGV[6]), tonumber(ARGV[7])
+local at = 8 + 2 * marks
+local answers = {}
+for i = 1, items do
+  local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  local job, ref, source, offset = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
+  local cost, identity, print = ARGV[at + 7], ARGV[at + 8], ARGV[at + 9]
+  local data, envelope = ARGV[at + 10], ARGV[at + 11]
+  at = at + 12
+  local node_key = prefix .. 'node:' .. node
+  local queue = pool .. '--' .. node
+  local answer = 'ok'
+  local known = redis.call('HMGET', node_key, 'incarnation', 'fenced')
+  if place == 'log' then
+    local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
+    local above = prefix .. 'above:' .. source
+    if tonumber(offset) < low or redis.call('ZSCORE', above, offset) then
+      answer = 'already'
+    elseif known[1] ~= incarnation or known[2] == incarnation then
+      answer = 'gone'
+    else
+      local owner = redis.call('GET', identity)
+      if owner and string.match(owner, '^[^|]*') ~= ref then
+        answer = 'dup|' .. owner
+      else
+        redis.call('SET', identity, ref .. '|' .. print, 'PX', window)
+        redis.call('ZADD', above, offset, offset)
+      end
+    end
+  elseif not redis.call('ZSCORE', KEYS[4], ref) then
+    answer = 'already'
+  elseif known[1] ~= incarnation or known[2] == incarnation then
+    answer = 'gone'
+  else
+    redis.call('ZREM', KEYS[4], ref)
+    redis.call('RENAME', prefix .. 'pending:' .. ref, 'rq:job:' .. job)
+    redis.call('HDEL', 'rq:job:' .. job, 'started_at', 'worker_name', 'last_heartbeat', 'ended_at')
+  end
+  if answer == 'ok' then
+    local seq = redis.call('HINCRBY', node_key, 'seq', 1)
+    local key = 'rq:job:' .. job
+    if place == 'log' then
+      redis.call('HSET', key, 'data', data, 'envelope', envelope, 'ref', ref, 'failures', '0', 'excluded', '',
+        'created_at', now, 'description', 'flexlb ' .. ref, 'timeout', '86400', 'result_ttl', '0',
+        'failure_ttl', '86400', 'meta', '{}')
+    end
+    redis.call('HSET', key, 'status', 'queued', 'origin', queue, 'enqueued_at', now, 'cost', cost, 'seq', seq)
+    redis.call('RPUSH', 'rq:queue:' .. queue, job)
+  end
+  answers[i] = answer
+end
+for i = 1, marks do
+  local source, low = ARGV[6 + 2 * i], ARGV[7 + 2 * i]
+  if tonumber(low) > tonumber(redis.call('HGET', KEYS[3], source) or '0') then
+    redis.call('HSET', KEYS[3], source, low)
+    redis.call('ZREMRANGEBYSCORE', prefix .. 'above:' .. source, '-inf', '(' .. low)
+  end
+end
+redis.call('HINCRBY', KEYS[2], 'counter', 1)
+return answers

@@ -1,0 +1,63 @@
+#!lua flags=allow-oom
+-- Decide endings that the leader makes itself (Rejected, Evicted, Cancelled, dead, coalesced).
+-- KEYS  1 epoch  2 marks  3 pending  4 closing
+-- ARGV  1 token  2 key prefix  3 pool  4 id window ms  5 items n
+--       n x (place 'log'|'pending'|'job', ref, source, offset, node, job id, kind, request id, payload,
+--            identity key, fingerprint)
+--       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
+--       'none' (a duplicate that is coalesced with its first: the mark moves, nothing is published).
+--       identity '' leaves the (tenant, id) unclaimed (a refused duplicate must not own it).
+-- Returns one answer per item: 'ok', 'already' (decided before or not in that place any more),
+-- or 'dup|<ref>|<print>' when (tenant, id) belongs to another record.
+-- Each ending is entitled by removing the entry that proves the request is where the caller saw it.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return redis.error_reply('DEPOSED a newer epoch exists')
+end
+local prefix, pool, window = ARGV[2], ARGV[3], ARGV[4]
+local at = 6
+local answers = {}
+for i = 1, tonumber(ARGV[5]) do
+  local place, ref, source, offset = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  local node, job, kind, id, payload = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
+  local identity, print = ARGV[at + 9], ARGV[at + 10]
+  at = at + 11
+  local answer = 'already'
+  if place == 'log' then
+    local above = prefix .. 'above:' .. source
+    local low = tonumber(redis.call('HGET', KEYS[2], source) or '0')
+    if tonumber(offset) >= low and not redis.call('ZSCORE', above, offset) then
+      local owner = identity ~= '' and redis.call('GET', identity)
+      if owner and string.match(owner, '^[^|]*') ~= ref then
+        answer = 'dup|' .. owner
+      else
+        if identity ~= '' then redis.call('SET', identity, ref .. '|' .. print, 'PX', window) end
+        redis.call('ZADD', above, offset, offset)
+        answer = 'ok'
+      end
+    end
+  elseif place == 'pending' then
+    if redis.call('ZREM', KEYS[3], ref) == 1 then
+      redis.call('DEL', prefix .. 'pending:' .. ref)
+      answer = 'ok'
+    end
+  else
+    local queue = pool .. '--' .. node
+    if redis.call('ZREM', prefix .. 'node:' .. node .. ':claimed', job) == 1 then
+      redis.call('XADD', prefix .. 'node:' .. node .. ':control', 'MAXLEN', '~', 1000, '*', 'kind', 'cancel', 'job', job)
+      redis.call('PEXPIRE', prefix .. 'node:' .. node .. ':control', 3600000)
+      answer = 'ok'
+    elseif redis.call('LREM', 'rq:queue:' .. queue, 1, job) == 1
+        or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1 then
+      answer = 'ok'
+    end
+    if answer == 'ok' then
+      redis.call('ZREM', 'rq:wip:' .. queue, job .. ':flexlb')
+      redis.call('DEL', 'rq:job:' .. job)
+    end
+  end
+  if answer == 'ok' and kind ~= 'none' then
+    redis.call('XADD', KEYS[4], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
+  end
+  answers[i] = answer
+end
+return answers

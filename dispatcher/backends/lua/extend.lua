@@ -1,0 +1,24 @@
+#!lua flags=allow-oom
+-- Prolong the leases of the jobs that an agent holds, once a second, and learn which it lost.
+-- KEYS  1 node  2 claimed  3 RQ queue  4 RQ intermediate  5 RQ worker
+-- ARGV  1 incarnation  2 lease ms  3 node ttl ms  4 now (ISO 8601)  5 RQ worker ttl s  6.. job ids held
+-- Returns {queued ids waiting to be claimed, lost job ids...}; error FENCED as in report.
+local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
+if known[1] ~= ARGV[1] or known[2] == ARGV[1] then
+  return redis.error_reply('FENCED this incarnation is ' .. (known[1] and 'fenced' or 'unknown'))
+end
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local until_ms = now + tonumber(ARGV[2])
+local answer = {redis.call('LLEN', KEYS[3]) + redis.call('LLEN', KEYS[4])}
+for i = 6, #ARGV do
+  if redis.call('ZSCORE', KEYS[2], ARGV[i]) then
+    redis.call('ZADD', KEYS[2], until_ms, ARGV[i])
+  else
+    answer[#answer + 1] = ARGV[i]
+  end
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('HSET', KEYS[5], 'last_heartbeat', ARGV[4])
+redis.call('EXPIRE', KEYS[5], ARGV[5])
+return answer

@@ -1,0 +1,33 @@
+#!lua flags=allow-oom
+-- Begin or renew the registration of a node's incarnation.
+-- KEYS  1 node  2 load  3 held  4 reports  5 generation  6 RQ worker  7 claimed
+-- ARGV  1 incarnation  2 identity (JSON)  3 heartbeat ttl ms  4 node ttl ms  5 now (ISO 8601)
+--       6 queue  7 RQ worker ttl s  8 held jobs h   h x (job id, envelope, data)
+-- Returns {'ok', generation id}; {'busy', other incarnation, ms until its heartbeat expires};
+-- {'fenced'} when this incarnation was fenced: register with a new one.
+-- The inventory (held jobs) matters only after a loss of Redis data: the leader adopts from it.
+local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
+if known[2] == ARGV[1] then return {'fenced'} end
+if known[1] and known[1] ~= ARGV[1] and known[2] ~= known[1] then
+  local left = redis.call('PTTL', KEYS[2])
+  if left > 0 and redis.call('HGET', KEYS[2], 'incarnation') == known[1] then
+    return {'busy', known[1], left}
+  end
+end
+if known[1] ~= ARGV[1] then redis.call('HDEL', KEYS[1], 'fenced', 'claim_seq') end
+redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'identity', ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('DEL', KEYS[3])
+local at = 9
+for _ = 1, tonumber(ARGV[8]) do
+  redis.call('HSET', KEYS[3], ARGV[at], ARGV[at + 1] .. '\n' .. ARGV[at + 2])
+  at = at + 3
+end
+redis.call('PEXPIRE', KEYS[3], 60000)
+redis.call('HSET', KEYS[2], 'incarnation', ARGV[1], 'report', '')
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('HSET', KEYS[6], 'birth', ARGV[5], 'last_heartbeat', ARGV[5], 'queues', ARGV[6], 'state', 'busy',
+  'version', '3', 'hostname', '', 'pid', '0')
+redis.call('EXPIRE', KEYS[6], ARGV[7])
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', 20000, '*', 'kind', 'register', 'body', ARGV[2])
+return {'ok', redis.call('HGET', KEYS[5], 'id') or ''}

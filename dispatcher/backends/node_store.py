@@ -1,0 +1,212 @@
+"""What an agent says to Redis: one method per script, each fenced by its incarnation.
+
+An agent's scripts touch only keys named by its node and append to shared streams, so that an ACL
+can confine it. Like the leader's, each may be repeated after a cut connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from dispatcher.backends.scripts import Argument, Redis, ScriptRunner, translate
+from dispatcher.backends.store_view import StreamEntry
+from dispatcher.errors import StoreUnavailable
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import Names
+from dispatcher.protocol.node import NodeIdentity, NodeReport
+
+NODE_TTL_MS = 3_600_000
+WORKER_TTL_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Busy:
+    """Another incarnation of this node lives; try again after `wait_ms`."""
+
+    incarnation: str
+    wait_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """A job in the agent's hands: what it must run, not yet decoded."""
+
+    job: str
+    seq: int
+    envelope: bytes
+    data: bytes
+    failures: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The answer to a claim: jobs, and ids in our queue that are not ours."""
+
+    jobs: tuple[Claimed, ...]
+    foreign: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """One attempt that ended: kind is outcome, failed or released."""
+
+    job: str
+    kind: str
+    ref: str
+    id: str
+    payload: bytes
+
+
+class NodeStore:
+    """The scripts of one node."""
+
+    def __init__(
+        self, runner: ScriptRunner, names: Names, node: str, *, heartbeat_ttl_s: float, lease_s: float
+    ) -> None:
+        self._runner = runner
+        self._client: Redis = runner.client
+        self.names = names
+        self.node = node
+        self._heartbeat_ms = int(heartbeat_ttl_s * 1000)
+        self._lease_ms = int(lease_s * 1000)
+
+    async def register(
+        self, identity: NodeIdentity, held: Mapping[str, tuple[bytes, bytes]], *, now_iso: str
+    ) -> str | Busy | None:
+        """Begin an incarnation: the generation id, Busy, or None when this incarnation was fenced."""
+        names, node = self.names, self.node
+        keys = (
+            names.node(node),
+            names.load(node),
+            names.held(node),
+            names.reports,
+            names.generation,
+            names.worker(node),
+            names.claimed(node),
+        )
+        arguments: list[Argument] = [
+            identity.incarnation,
+            codec.encode(identity),
+            self._heartbeat_ms,
+            NODE_TTL_MS,
+            now_iso,
+            names.queue(node),
+            WORKER_TTL_S,
+            len(held),
+        ]
+        for job, (envelope, data) in held.items():
+            arguments += (job, envelope, data)
+        state, *rest = await self._runner.run("register", keys, arguments)
+        if state == b"ok":
+            return str(rest[0].decode())
+        if state == b"busy":
+            return Busy(incarnation=rest[0].decode(), wait_ms=int(rest[1]))
+        return None
+
+    async def report(self, report: NodeReport) -> str:
+        """Publish load; returns the generation id, raises Fenced."""
+        names, node = self.names, self.node
+        keys = (names.node(node), names.load(node), names.reports, names.generation)
+        answer = await self._runner.run(
+            "report", keys, [report.incarnation, codec.encode(report), self._heartbeat_ms]
+        )
+        return str(answer.decode())
+
+    async def extend(self, incarnation: str, jobs: Sequence[str], *, now_iso: str) -> tuple[int, list[str]]:
+        """Prolong leases: (jobs waiting in the queue, jobs of ours that were taken away)."""
+        names, node = self.names, self.node
+        keys = (
+            names.node(node),
+            names.claimed(node),
+            names.queue_key(node),
+            names.intermediate(node),
+            names.worker(node),
+        )
+        arguments: list[Argument] = [incarnation, self._lease_ms, NODE_TTL_MS, now_iso, WORKER_TTL_S, *jobs]
+        backlog, *lost = await self._runner.run("extend", keys, arguments)
+        return int(backlog), [job.decode() for job in lost]
+
+    async def claim(
+        self, incarnation: str, number: int, limit: int, *, now_iso: str, execution: str = "", job: str = ""
+    ) -> Claim:
+        """Take up to `limit` jobs. `number` rises with each claim; repeat it to repeat the answer.
+
+        A stock RQ worker has taken its `job` already and proves it by RQ's `execution` id.
+        """
+        names, node = self.names, self.node
+        keys = (
+            names.node(node),
+            names.claimed(node),
+            names.queue_key(node),
+            names.intermediate(node),
+            names.wip(node),
+            names.last_claim(node),
+        )
+        arguments: list[Argument] = [
+            incarnation,
+            number,
+            limit,
+            self._lease_ms,
+            now_iso,
+            names.queue(node),
+            execution,
+            job,
+        ]
+        rows = await self._runner.run("claim", keys, arguments)
+        jobs = tuple(
+            Claimed(
+                job=row[0].decode(),
+                seq=int(row[1] or 0),
+                envelope=row[2] or b"",
+                data=row[3] or b"",
+                failures=int(row[4] or 0),
+            )
+            for row in rows
+            if len(row) > 1
+        )
+        return Claim(
+            jobs=jobs, foreign=tuple(row[0].decode(errors="replace") for row in rows if len(row) == 1)
+        )
+
+    async def complete(self, incarnation: str, endings: Sequence[Ending]) -> list[str]:
+        """End attempts; 'ok' or 'lost' for each, raises Fenced."""
+        names, node = self.names, self.node
+        keys = (names.node(node), names.claimed(node), names.closing, names.wip(node))
+        arguments: list[Argument] = [incarnation, len(endings)]
+        for ending in endings:
+            arguments += (ending.job, ending.kind, ending.ref, ending.id, ending.payload)
+        return [answer.decode() for answer in await self._runner.run("complete", keys, arguments)]
+
+    async def wait_for_work(self, timeout_s: float) -> bool:
+        """Block until the queue has a job (moved to RQ's intermediate list) or the time is up."""
+        names, node = self.names, self.node
+        try:
+            moved = await self._client.blmove(
+                names.queue_key(node),
+                names.intermediate(node),
+                timeout_s,
+                "LEFT",
+                "RIGHT",
+            )
+        except RedisError as error:
+            raise translate(error, "wait for work") from error
+        except (OSError, EOFError) as error:
+            raise StoreUnavailable(f"wait for work: {error}") from error
+        return moved is not None
+
+    async def read_control(self, after: bytes, *, block_ms: int) -> list[StreamEntry]:
+        """What the leader told this node since `after`."""
+        try:
+            answer = await self._client.xread(
+                {self.names.control(self.node): after}, count=100, block=block_ms
+            )
+        except RedisError as error:
+            raise translate(error, "control") from error
+        except (OSError, EOFError) as error:
+            raise StoreUnavailable(f"control: {error}") from error
+        if not answer:
+            return []
+        return [StreamEntry(id=entry, fields=fields) for entry, fields in answer[0][1]]

@@ -1,0 +1,208 @@
+"""What a leader reads from Redis: the streams it follows, and the whole ledger when it takes over.
+
+Reading needs no fence: every act that follows from it carries the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from dispatcher.backends.scripts import Redis, translate
+from dispatcher.errors import StoreUnavailable
+from dispatcher.protocol.names import Names
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEntry:
+    """One entry of a stream."""
+
+    id: bytes
+    fields: dict[bytes, bytes]
+
+    def text(self, name: str) -> str:
+        """A field as text, '' when absent."""
+        return self.fields.get(name.encode(), b"").decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredJob:
+    """A request in one of Redis's places. `node` is '' for pending ones."""
+
+    job: str
+    node: str
+    ref: str
+    claimed: bool
+    envelope: bytes
+    failures: int
+    excluded: tuple[str, ...]
+    not_before_ms: int = 0
+
+
+@dataclass(kw_only=True)
+class StoredNode:
+    """A node as Redis knows it."""
+
+    node: str
+    incarnation: str
+    fenced: str
+    identity: bytes
+    report: bytes
+    alive: bool
+
+
+@dataclass(kw_only=True)
+class StoredLedger:
+    """Everything a new leader needs of an intact Redis."""
+
+    marks: dict[str, int] = field(default_factory=dict)
+    above: dict[str, list[int]] = field(default_factory=dict)
+    settled: dict[int, int] = field(default_factory=dict)
+    nodes: list[StoredNode] = field(default_factory=list)
+    jobs: list[StoredJob] = field(default_factory=list)
+    closing_refs: list[str] = field(default_factory=list)
+
+
+class StoreView:
+    """Reads of one pool over one client."""
+
+    def __init__(self, client: Redis, names: Names) -> None:
+        self._client = client
+        self.names = names
+
+    async def _ask(self, call: Awaitable[T] | T, doing: str) -> T:
+        try:
+            return await call
+        except RedisError as error:
+            raise translate(error, doing) from error
+        except (OSError, EOFError) as error:
+            raise StoreUnavailable(f"{doing}: {error}") from error
+
+    async def ping(self) -> None:
+        """Ask for a sign of life."""
+        await self._ask(self._client.ping(), "ping")
+
+    async def read_stream(
+        self, stream: str, after: bytes, *, block_ms: int | None, count: int
+    ) -> list[StreamEntry]:
+        """Entries after `after`, oldest first; waits up to `block_ms` for the first (None: not at all)."""
+        answer = await self._ask(
+            self._client.xread({stream: after}, count=count, block=block_ms), f"read {stream}"
+        )
+        if not answer:
+            return []
+        return [StreamEntry(id=entry, fields=fields) for entry, fields in answer[0][1] if fields is not None]
+
+    async def last_id(self, stream: str) -> bytes:
+        """The id of the newest entry, `0-0` when there is none."""
+        newest = await self._ask(self._client.xrevrange(stream, count=1), f"read {stream}")
+        return newest[0][0] if newest else b"0-0"
+
+    async def generation(self) -> tuple[str, int] | None:
+        """(id, counter) of the Redis generation, None when there is none."""
+        found = await self._ask(self._client.hmget(self.names.generation, ["id", "counter"]), "generation")
+        return (found[0].decode(), int(found[1] or 0)) if found[0] else None
+
+    async def node_names(self) -> list[str]:
+        """Admitted nodes, sorted."""
+        members = await self._ask(self._client.smembers(self.names.nodes), "nodes")
+        return sorted(member.decode() for member in members)
+
+    async def nodes(self, names: Iterable[str]) -> list[StoredNode]:
+        """What is known of each node; those that Redis forgot are left out."""
+        wanted = list(names)
+        pipe = self._client.pipeline(transaction=False)
+        for node in wanted:
+            pipe.hmget(self.names.node(node), ["incarnation", "fenced", "identity"])
+            pipe.hmget(self.names.load(node), ["incarnation", "report"])
+        answers = await self._ask(pipe.execute(), "nodes") if wanted else []
+        found = []
+        for index, node in enumerate(wanted):
+            (incarnation, fenced, identity), (loaded, report) = answers[2 * index], answers[2 * index + 1]
+            if incarnation is not None:
+                found.append(
+                    StoredNode(
+                        node=node,
+                        incarnation=incarnation.decode(),
+                        fenced=(fenced or b"").decode(),
+                        identity=identity or b"",
+                        report=report or b"",
+                        alive=loaded == incarnation,
+                    )
+                )
+        return found
+
+    async def ledger(self) -> StoredLedger:
+        """Read every place of the pool: marks, nodes, jobs by node, pending, closing."""
+        names = self.names
+        client = self._client
+        ledger = StoredLedger()
+        marks: dict[bytes, bytes] = await self._ask(client.hgetall(names.marks), "marks")
+        ledger.marks = {source.decode(): int(low) for source, low in marks.items()}
+        settled: dict[bytes, bytes] = await self._ask(client.hgetall(names.settled), "settled")
+        ledger.settled = {int(partition): int(offset) for partition, offset in settled.items()}
+        for source in ledger.marks:
+            members = await self._ask(client.zrange(names.above(source), 0, -1), "marks")
+            ledger.above[source] = [int(member) for member in members]
+        ledger.nodes = await self.nodes(await self.node_names())
+        await self._read_jobs(ledger)
+        await self._read_pending(ledger)
+        entries = await self._ask(client.xrange(names.closing), "closing")
+        ledger.closing_refs = [fields[b"ref"].decode() for _, fields in entries]
+        return ledger
+
+    async def _read_jobs(self, ledger: StoredLedger) -> None:
+        for node in ledger.nodes:
+            pipe = self._client.pipeline(transaction=False)
+            pipe.lrange(self.names.queue_key(node.node), 0, -1)
+            pipe.lrange(self.names.intermediate(node.node), 0, -1)
+            pipe.zrange(self.names.claimed(node.node), 0, -1)
+            queued, delivering, claimed = await self._ask(pipe.execute(), "jobs")
+            ids = [*queued, *delivering, *claimed]
+            fields = await self._job_fields([self.names.job(job.decode()) for job in ids])
+            for index, (job, stored) in enumerate(zip(ids, fields, strict=True)):
+                if stored[0] is not None:
+                    in_hand = index >= len(queued) + len(delivering)
+                    ledger.jobs.append(_stored_job(job.decode(), node.node, stored, claimed=in_hand))
+
+    async def _read_pending(self, ledger: StoredLedger) -> None:
+        pending = await self._ask(self._client.zrange(self.names.pending, 0, -1, withscores=True), "pending")
+        fields = await self._job_fields([self.names.pending_job(ref.decode()) for ref, _ in pending])
+        for (_, not_before), stored in zip(pending, fields, strict=True):
+            if stored[0] is not None:
+                ledger.jobs.append(_stored_job("", "", stored, claimed=False, not_before_ms=int(not_before)))
+
+    async def pending_jobs(self, refs: Iterable[str]) -> list[StoredJob]:
+        """The pending entries of `refs`, those that exist."""
+        fields = await self._job_fields([self.names.pending_job(ref) for ref in refs])
+        return [_stored_job("", "", stored, claimed=False) for stored in fields if stored[0] is not None]
+
+    async def _job_fields(self, keys: list[str]) -> list[list[bytes | None]]:
+        if not keys:
+            return []
+        pipe = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipe.hmget(key, ["ref", "envelope", "failures", "excluded"])
+        answer: list[list[bytes | None]] = await self._ask(pipe.execute(), "jobs")
+        return answer
+
+
+def _stored_job(
+    job: str, node: str, fields: list[Any], *, claimed: bool, not_before_ms: int = 0
+) -> StoredJob:
+    ref, envelope, failures, excluded = fields
+    return StoredJob(
+        job=job,
+        node=node,
+        ref=ref.decode(),
+        claimed=claimed,
+        envelope=envelope or b"",
+        failures=int(failures or 0),
+        excluded=tuple(name for name in (excluded or b"").decode().split(",") if name),
+        not_before_ms=not_before_ms,
+    )

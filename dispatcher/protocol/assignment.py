@@ -1,0 +1,93 @@
+"""What binds a request to a node: the envelope that scheduling reads, the work that an agent runs.
+
+Both are made once, at intake, and never change: an attempt's number is in its job id, so that a
+retry renames the job instead of rewriting a body. `data` is RQ's own job payload (JSON serializer).
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from dispatcher.protocol.names import Ref
+from dispatcher.protocol.request import PROTOCOL_VERSION, BodyRef, Endpoint, ReplyTo
+
+ENTRY_POINT = "workers_agent.rq_job.execute"
+"""The function that a stock RQ worker calls for a job."""
+
+
+class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What scheduling needs of a request; small, kept for every request in the leader's memory."""
+
+    ref: str
+    id: str
+    model: str
+    tenant: str = ""
+    priority: int = 50
+    prompt_tokens: int = 0
+    max_tokens: int = 16
+    tokens_exact: bool = False
+    block_size: int = 0
+    block_hashes: tuple[str, ...] = ()
+    appended_ms: int = 0
+    deadline_at_ms: int = 0
+    ttft_slo_ms: int = 0
+    fingerprint: str = ""
+    session: str = ""
+    lora: str = ""
+    v: int = PROTOCOL_VERSION
+
+    @property
+    def cost_tokens(self) -> int:
+        """The tokens a node works through for it: prompt and what it may generate."""
+        return self.prompt_tokens + self.max_tokens
+
+
+class Work(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an agent needs to run a request. Exactly one of `body` and `body_ref` is given."""
+
+    ref: str
+    id: str
+    model: str
+    endpoint: Endpoint
+    tenant: str = ""
+    body: msgspec.Raw = msgspec.Raw(b"")
+    body_ref: BodyRef | None = None
+    body_in_request: bool = False
+    reply_to: ReplyTo | None = None
+    deadline_at_ms: int = 0
+    appended_ms: int = 0
+    fingerprint: str = ""
+    cache_salt: str = ""
+    traceparent: str = ""
+    v: int = PROTOCOL_VERSION
+
+
+def ref_of(envelope: Envelope) -> Ref:
+    """The parsed ref of an envelope."""
+    return Ref.parse(envelope.ref)
+
+
+def encode_job_data(work: Work) -> bytes:
+    """Encode `work` as RQ's payload: `[function, instance, args, kwargs]` in JSON."""
+    return msgspec.json.encode((ENTRY_POINT, None, (work,), {}))
+
+
+_job_data = msgspec.json.Decoder(tuple[str, None, tuple[Work], dict[str, msgspec.Raw]])
+
+
+def decode_job_data(data: bytes) -> Work:
+    """Read what `encode_job_data` wrote.
+
+    Raises:
+        ValueError: it is not our payload (a pickled or foreign job): never executed, only reported.
+    """
+    try:
+        function, _, args, _ = _job_data.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"job data: expected FlexLB work in JSON, seen {len(data)} other bytes ({error})"
+        ) from None
+    if function != ENTRY_POINT:
+        raise ValueError(f"job data: expected function {ENTRY_POINT}, seen {function[:120]!r}")
+    return args[0]

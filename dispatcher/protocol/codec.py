@@ -1,0 +1,92 @@
+"""Bytes to values and back: one decoder per record type, errors that name the field.
+
+All records are JSON. Decoding ignores unknown fields (a newer release may add some) and refuses
+wrong types with their path; a record of a later protocol version than ours is refused as such.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.chunk import Chunk
+from dispatcher.protocol.node import BlockEvent, NodeIdentity, NodeReport
+from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeHead
+from dispatcher.protocol.request import PROTOCOL_VERSION, CancelRequest, InferenceRequest
+
+T = TypeVar("T")
+
+
+class MalformedRecord(ValueError):
+    """A record that can't be read: says what was expected and where it differs."""
+
+
+class UnsupportedVersion(MalformedRecord):
+    """A record of a protocol version that this release does not know."""
+
+
+class Codec(Generic[T]):
+    """Decode and encode one record type."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._name = kind.__name__
+
+    def decode(self, data: bytes) -> T:
+        """Read one record.
+
+        Raises:
+            UnsupportedVersion: its `v` is above ours.
+            MalformedRecord: it is not JSON, or a field is missing or of the wrong type.
+        """
+        try:
+            value = self._decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MalformedRecord(f"{self._name}: {error}") from None
+        except RecursionError:
+            raise MalformedRecord(f"{self._name}: nested too deeply") from None
+        version = getattr(value, "v", PROTOCOL_VERSION)
+        if version > PROTOCOL_VERSION:
+            raise UnsupportedVersion(
+                f"{self._name}: version {version} is newer than {PROTOCOL_VERSION}; upgrade this process"
+            )
+        return value
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """Write a record as JSON; defaults are left out."""
+    return msgspec.json.encode(record)
+
+
+requests = Codec(InferenceRequest)
+cancels = Codec(CancelRequest)
+outcomes = Codec(Outcome)
+outcome_heads = Codec(OutcomeHead)
+chunks = Codec(Chunk)
+envelopes = Codec(Envelope)
+identities = Codec(NodeIdentity)
+reports = Codec(NodeReport)
+block_events = Codec(BlockEvent)
+dead_letters = Codec(DeadLetter)
+failed_attempts = Codec(FailedAttempt)
+
+
+class _Named(msgspec.Struct):
+    id: str = ""
+    tenant: str = ""
+
+
+_named = msgspec.json.Decoder(_Named)
+
+
+def salvage_identity(data: bytes) -> tuple[str, str] | None:
+    """Find (tenant, id) in a record that its codec refused, so that its sender gets an answer."""
+    try:
+        found = _named.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if not 0 < len(found.id) <= 256 or len(found.tenant) > 256:
+        return None
+    return found.tenant, found.id

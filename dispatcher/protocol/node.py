@@ -1,0 +1,95 @@
+"""What a node says of itself: identity at registration, load in reports, and the control it receives.
+
+A report is written to the node's hash and appended to the pool's `reports` stream, which the
+leader and its standbys follow. `sequence` orders reports of one incarnation.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from dispatcher.protocol.request import PROTOCOL_VERSION
+
+
+class Role(StrEnum):
+    """What a node does with a request."""
+
+    FUSED = "fused"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    VIT = "vit"
+
+
+class NodeIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What does not change while an incarnation lives."""
+
+    node: str
+    incarnation: str
+    models: tuple[str, ...]
+    role: Role = Role.FUSED
+    group: str = ""
+    loras: tuple[str, ...] = ()
+    max_running: int = 32
+    max_model_len: int = 131_072
+    kv_total_tokens: int = 0
+    engine_block_size: int = 0
+    engine_url: str = ""
+    engine_version: str = ""
+    v: int = PROTOCOL_VERSION
+
+
+class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The load of a node now. Tokens count prompt and requested output of what it holds.
+
+    `seen_seq` is the highest assignment number it has claimed: the report covers exactly those.
+    """
+
+    node: str
+    incarnation: str
+    sequence: int
+    running: int = 0
+    waiting: int = 0
+    held_tokens: int = 0
+    queued_uncached_tokens: int = 0
+    kv_used_tokens: int = 0
+    kv_total_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    gpu_utilisation: float = 0.0
+    gpu_memory_used: float = 0.0
+    seen_seq: int = 0
+    draining: bool = False
+    engine_ok: bool = True
+    v: int = PROTOCOL_VERSION
+
+
+class ControlKind(StrEnum):
+    """What a leader asks of an agent on its control stream."""
+
+    CANCEL = "cancel"
+    FENCE = "fence"
+    DRAIN = "drain"
+
+
+class BlockEventKind(StrEnum):
+    """What happened to routing blocks at a node."""
+
+    STORED = "stored"
+    REMOVED = "removed"
+    RESET = "reset"
+
+
+class BlockEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A diff of a node's cache view, in routing blocks; gaps in `sequence` force a rebuild.
+
+    `hashes` are 16 hex digits each, as in requests. `medium` is the tier that holds them.
+    """
+
+    node: str
+    incarnation: str
+    sequence: int
+    kind: BlockEventKind
+    medium: str = "GPU"
+    hashes: tuple[str, ...] = ()
+    v: int = PROTOCOL_VERSION

@@ -1,0 +1,155 @@
+"""Outcomes: the one terminal answer of a request, and the reasons that type it.
+
+An outcome is built by the agent (`Completed`, or `Evicted` at a deadline) or by the leader (all
+other endings), stored in Redis by a fenced script, and published by the leader's transaction.
+`OutcomeKind` and `Reason` are also the metric labels, so both lists are closed.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+from msgspec import Struct
+
+from dispatcher.protocol.request import PROTOCOL_VERSION
+
+
+class OutcomeKind(StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "Completed"
+    REJECTED = "Rejected"
+    EVICTED = "Evicted"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+
+class Reason(StrEnum):
+    """Why it ended so."""
+
+    FINISHED = "finished"
+    # Rejected: refused at intake, nothing was bound
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    INVALID_DEADLINE = "invalid_deadline"
+    DEADLINE_PASSED = "deadline_passed"
+    ID_IN_USE = "id_in_use"
+    UNKNOWN_MODEL = "unknown_model"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    REPLY_ROUTE_UNKNOWN = "reply_route_unknown"
+    BODY_UNREADABLE = "body_unreadable"
+    # Evicted: accepted, then given up
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    WAIT_EXCEEDED = "wait_exceeded"
+    # Failed: the engine could not do it
+    ENGINE_REFUSED = "engine_refused"
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    # Cancelled
+    CLIENT_CANCELLED = "client_cancelled"
+
+
+class FailureCause(StrEnum):
+    """Why an attempt ended without an outcome; what the retry decision reads."""
+
+    CONNECT = "connect"
+    REFUSED = "refused"
+    OVERLOADED = "overloaded"
+    ENGINE_ERROR = "engine_error"
+    PROTOCOL = "protocol"
+    TRUNCATED = "truncated"
+    STALLED = "stalled"
+    BODY_UNREADABLE = "body_unreadable"
+    REPLY_UNWRITABLE = "reply_unwritable"
+    DRAINING = "draining"
+    NODE_LOST = "node_lost"
+    LEASE_EXPIRED = "lease_expired"
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Token counts, as the engine reported them; 0 where it did not."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Choice(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice, whole. `deltas` holds raw engine deltas that are not plain text (tool calls)."""
+
+    index: int = 0
+    text: str = ""
+    finish_reason: str = ""
+    deltas: tuple[msgspec.Raw, ...] = ()
+
+
+class Timing(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Milliseconds of epoch time; `appended` is the broker's."""
+
+    appended: int = 0
+    claimed: int = 0
+    first_token: int = 0
+    ended: int = 0
+
+
+class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The record on `outcomes`.
+
+    `ref` tells the record it answers; `fingerprint` is that of the request, so that duplicates
+    can be told from reuse of an id after a loss of all Redis data.
+    """
+
+    id: str
+    ref: str
+    kind: OutcomeKind
+    reason: Reason
+    tenant: str = ""
+    message: str = ""
+    fingerprint: str = ""
+    attempt: str = ""
+    node: str = ""
+    model: str = ""
+    choices: tuple[Choice, ...] = ()
+    usage: Usage = Usage()
+    timing: Timing = Timing()
+    http_status: int = 0
+    v: int = PROTOCOL_VERSION
+
+
+class OutcomeHead(Struct, frozen=True, kw_only=True):
+    """What recovery and the audit read of an outcome, without its text."""
+
+    id: str
+    ref: str
+    kind: OutcomeKind
+    reason: Reason
+    tenant: str = ""
+    fingerprint: str = ""
+    attempt: str = ""
+    v: int = PROTOCOL_VERSION
+
+
+class FailedAttempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One attempt that ended without an outcome."""
+
+    attempt: str
+    node: str
+    cause: FailureCause
+    message: str = ""
+    http_status: int = 0
+
+
+class DeadLetter(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The record on `requests.dead`. `record_base64` is the original value, unless it lies in a log still."""
+
+    ref: str
+    reason: Reason
+    message: str
+    topic: str
+    id: str = ""
+    tenant: str = ""
+    record_base64: str = ""
+    attempts: tuple[FailedAttempt, ...] = ()
+    dead_at_ms: int = 0
+    v: int = PROTOCOL_VERSION
