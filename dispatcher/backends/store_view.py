@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from redis.exceptions import RedisError
 
 from dispatcher.backends.scripts import Redis, translate
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol.names import Names
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class StoreView:
         self._client = client
         self.names = names
 
-    async def _ask(self, call: Awaitable[T] | T, doing: str) -> T:
+    async def _ask(self, call: Awaitable[Any], doing: str) -> Any:
         try:
             return await call
         except RedisError as error:
@@ -181,6 +179,11 @@ class StoreView:
         """The pending entries of `refs`, those that exist."""
         fields = await self._job_fields([self.names.pending_job(ref) for ref in refs])
         return [_stored_job("", "", stored, claimed=False) for stored in fields if stored[0] is not None]
+
+    async def stored_job(self, job: str) -> StoredJob | None:
+        """One job, None when its hash does not exist."""
+        (fields,) = await self._job_fields([self.names.job(job)])
+        return _stored_job(job, "", fields, claimed=False) if fields[0] is not None else None
 
     async def _job_fields(self, keys: list[str]) -> list[list[bytes | None]]:
         if not keys:

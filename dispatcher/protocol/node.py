@@ -44,6 +44,7 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The load of a node now. Tokens count prompt and requested output of what it holds.
 
     `seen_seq` is the highest assignment number it has claimed: the report covers exactly those.
+    `left` says goodbye: this incarnation will claim nothing more and holds nothing.
     """
 
     node: str
@@ -61,6 +62,7 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seen_seq: int = 0
     draining: bool = False
     engine_ok: bool = True
+    left: bool = False
     v: int = PROTOCOL_VERSION
 
 

@@ -1,1 +1,1 @@
-
+"""When: one loop per module, wait -> decide (a pure call) -> act."""

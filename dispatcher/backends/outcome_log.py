@@ -1,0 +1,181 @@
+"""The leader's writing side of Kafka: outcomes and dead letters, in transactions that commit *finished*.
+
+One transactional id per pool: starting a new leader's producer fences the old one at the broker.
+The commit's metadata carries where in `outcomes` the answers of everything above the mark lie, so
+that a leader that finds Redis empty knows what not to run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+from aiokafka.structs import OffsetAndMetadata
+
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.request_log import partitions_of, source_of
+from dispatcher.errors import LogUnavailable
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import Lane, Names
+from dispatcher.protocol.outcome import OutcomeHead
+
+TRANSACTION_TIMEOUT_MS = 30_000
+
+
+class CommitNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The metadata of a *finished* commit.
+
+    `positions`: by partition of `outcomes`, where the answers of all requests above the mark begin.
+    """
+
+    positions: dict[str, int] = {}
+    epoch: int = 0
+    generation: str = ""
+    counter: int = 0
+    v: int = 1
+
+
+_note = msgspec.json.Decoder(CommitNote)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The committed *finished* mark of a source, with its note."""
+
+    offset: int
+    note: CommitNote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """One record to publish: an outcome, a dead letter or both."""
+
+    key: bytes
+    outcome: bytes = b""
+    dead: bytes = b""
+
+
+class OutcomeLog:
+    """Publishes a pool's outcomes."""
+
+    def __init__(self, kafka: KafkaClients, names: Names) -> None:
+        self._kafka = kafka
+        self._names = names
+        self._producer = kafka.producer(
+            transactional_id=names.transactional_id,
+            enable_idempotence=True,
+            acks="all",
+            linger_ms=0,
+            max_request_size=32 << 20,
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        )
+
+    async def start(self) -> None:
+        """Connect; from here on an older leader's producer is fenced by the broker."""
+        try:
+            await self._producer.start()
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"outcome log: {error!r}") from error
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        await self._producer.stop()
+
+    async def publish(
+        self, records: Sequence[Publication], finished: Mapping[str, int], note: CommitNote
+    ) -> dict[int, int]:
+        """Publish `records` and commit `finished` in one transaction.
+
+        Returns:
+            The position after the last record, by partition of `outcomes` written to.
+        Raises:
+            LogUnavailable: it failed or nobody knows: read `outcomes` again before going on.
+        """
+        names = self._names
+        after: dict[int, int] = {}
+        try:
+            async with self._producer.transaction():
+                futures = []
+                for record in records:
+                    if record.outcome:
+                        futures.append(
+                            await self._producer.send(names.outcomes, record.outcome, key=record.key)
+                        )
+                    if record.dead:
+                        await self._producer.send(names.dead, record.dead, key=record.key or None)
+                if finished:
+                    metadata = msgspec.json.encode(note).decode()
+                    offsets = {
+                        TopicPartition(names.requests(Lane(source[0])), int(source[1:])): OffsetAndMetadata(
+                            offset, metadata
+                        )
+                        for source, offset in finished.items()
+                    }
+                    await self._producer.send_offsets_to_transaction(offsets, names.group)
+                for future in futures:
+                    written = await future
+                    after[written.partition] = max(after.get(written.partition, 0), written.offset + 1)
+        except (KafkaError, OSError, RuntimeError) as error:
+            raise LogUnavailable(f"outcome log: {error!r}") from error
+        return after
+
+    async def committed(self) -> dict[str, Finished]:
+        """The *finished* marks by source, those that were ever committed."""
+        admin = self._kafka.admin()
+        try:
+            await admin.start()
+            offsets = await admin.list_consumer_group_offsets(self._names.group)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"finished marks: {error!r}") from error
+        finally:
+            await admin.close()
+        lanes = {self._names.requests(lane): lane for lane in Lane}
+        found = {}
+        for tp, stored in offsets.items():
+            if tp.topic in lanes and stored.offset >= 0:
+                found[source_of(lanes[tp.topic], tp.partition)] = Finished(
+                    offset=stored.offset, note=_decode_note(stored.metadata)
+                )
+        return found
+
+
+def _decode_note(metadata: str | bytes | None) -> CommitNote:
+    try:
+        return _note.decode(metadata or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return CommitNote()
+
+
+async def read_outcomes(
+    kafka: KafkaClients, names: Names, since: Mapping[int, int]
+) -> tuple[list[OutcomeHead], dict[int, int]]:
+    """Read committed outcomes from `since` (by partition; from the log's start where absent) to the end.
+
+    Returns:
+        The heads, and the end position by partition.
+    """
+    consumer = kafka.consumer(group_id=None, isolation_level="read_committed", auto_offset_reset="earliest")
+    heads: list[OutcomeHead] = []
+    try:
+        await consumer.start()
+        partitions = [
+            TopicPartition(names.outcomes, p) for p in await partitions_of(consumer, names.outcomes)
+        ]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        starts = await consumer.beginning_offsets(partitions)
+        for tp in partitions:
+            consumer.seek(tp, max(since.get(tp.partition, 0), starts[tp]))
+        while True:
+            behind = [tp for tp in partitions if await consumer.position(tp) < ends[tp]]
+            if not behind:
+                return heads, {tp.partition: ends[tp] for tp in partitions}
+            for batch in (await consumer.getmany(*behind, timeout_ms=1000)).values():
+                heads += [codec.outcome_heads.decode(record.value) for record in batch if record.value]
+    except (KafkaError, OSError) as error:
+        raise LogUnavailable(f"read outcomes: {error!r}") from error
+    finally:
+        await consumer.stop()

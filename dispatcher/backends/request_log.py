@@ -1,0 +1,177 @@
+"""The leader's reading side of Kafka: request lanes by manual assignment, and cancels.
+
+Positions are ours to choose (they come from Redis marks or from the *finished* commit), so no
+consumer group moves partitions. A position below the log's start is reported, never reset silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.errors import LogUnavailable
+from dispatcher.protocol.names import Lane, Names, Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogRecord:
+    """One record of a request lane."""
+
+    ref: Ref
+    key: bytes | None
+    value: bytes | None
+    timestamp_ms: int
+    traceparent: str
+
+
+def source_of(lane: Lane, partition: int) -> str:
+    """The name of a lane's partition in marks, e.g. `i3`."""
+    return f"{lane.value}{partition}"
+
+
+class RequestLog:
+    """Reads both lanes of one pool from given positions."""
+
+    def __init__(self, kafka: KafkaClients, names: Names, *, max_batch_bytes: int = 4 << 20) -> None:
+        self._names = names
+        self._consumer = kafka.consumer(
+            group_id=None,
+            fetch_max_wait_ms=500,
+            fetch_max_bytes=max_batch_bytes * 4,
+            max_partition_fetch_bytes=max_batch_bytes,
+            isolation_level="read_committed",
+            auto_offset_reset="none",
+        )
+        self._lanes: dict[TopicPartition, Lane] = {}
+
+    async def start(self) -> None:
+        """Connect and assign every partition of both lanes.
+
+        Raises:
+            LogUnavailable: the broker did not answer or the topics do not exist.
+        """
+        try:
+            await self._consumer.start()
+            for lane in Lane:
+                topic = self._names.requests(lane)
+                for partition in await partitions_of(self._consumer, topic):
+                    self._lanes[TopicPartition(topic, partition)] = lane
+            self._consumer.assign(list(self._lanes))
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"request log: {error!r}") from error
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        await self._consumer.stop()
+
+    def sources(self) -> list[str]:
+        """Every lane's partition, as named in marks."""
+        return [source_of(lane, tp.partition) for tp, lane in self._lanes.items()]
+
+    async def log_starts(self) -> dict[str, int]:
+        """The first offset that each partition still has."""
+        try:
+            starts = await self._consumer.beginning_offsets(list(self._lanes))
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"request log: {error!r}") from error
+        return {source_of(self._lanes[tp], tp.partition): offset for tp, offset in starts.items()}
+
+    def seek(self, positions: Mapping[str, int]) -> None:
+        """Read on from these offsets."""
+        for tp, lane in self._lanes.items():
+            self._consumer.seek(tp, positions[source_of(lane, tp.partition)])
+
+    def pause(self, sources: set[str]) -> None:
+        """Read only the partitions not in `sources`."""
+        paused = self._consumer.paused()
+        for tp, lane in self._lanes.items():
+            if source_of(lane, tp.partition) in sources:
+                if tp not in paused:
+                    self._consumer.pause(tp)
+            elif tp in paused:
+                self._consumer.resume(tp)
+
+    async def read(self, *, timeout_ms: int, limit: int) -> list[LogRecord]:
+        """Up to `limit` next records; [] when none came within `timeout_ms`."""
+        try:
+            batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=limit)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"request log: {error!r}") from error
+        records = []
+        for tp, batch in batches.items():
+            lane = self._lanes[tp]
+            for record in batch:
+                records.append(
+                    LogRecord(
+                        ref=Ref(lane, tp.partition, record.offset),
+                        key=record.key,
+                        value=record.value,
+                        timestamp_ms=record.timestamp,
+                        traceparent=_traceparent(record.headers),
+                    )
+                )
+        return records
+
+
+def _traceparent(headers: object) -> str:
+    for name, value in headers or ():  # type: ignore[attr-defined]
+        if name == "traceparent":
+            return str(value.decode("ascii", "replace")[:64])
+    return ""
+
+
+async def partitions_of(consumer: object, topic: str) -> list[int]:
+    """The partitions of a topic, sorted.
+
+    Raises:
+        LogUnavailable: the topic does not exist.
+    """
+    await consumer.topics()  # type: ignore[attr-defined]
+    partitions = consumer.partitions_for_topic(topic)  # type: ignore[attr-defined]
+    if not partitions:
+        raise LogUnavailable(
+            f"topic {topic}: expected it to exist, seen nothing; create it with 'flexlb init'"
+        )
+    return sorted(partitions)
+
+
+class CancelLog:
+    """Follows `requests.cancel` from a little before now."""
+
+    def __init__(self, kafka: KafkaClients, names: Names) -> None:
+        self._topic = names.cancels
+        self._consumer = kafka.consumer(
+            group_id=None, fetch_max_wait_ms=500, isolation_level="read_committed", auto_offset_reset="latest"
+        )
+
+    async def start(self, since_ms: int) -> None:
+        """Connect and begin at the first record not older than `since_ms`."""
+        try:
+            await self._consumer.start()
+            partitions = [
+                TopicPartition(self._topic, p) for p in await partitions_of(self._consumer, self._topic)
+            ]
+            self._consumer.assign(partitions)
+            found = await self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+            ends = await self._consumer.end_offsets(partitions)
+            for tp in partitions:
+                at = found.get(tp)
+                self._consumer.seek(tp, at.offset if at is not None else ends[tp])
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"cancel log: {error!r}") from error
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        await self._consumer.stop()
+
+    async def read(self, *, timeout_ms: int) -> list[bytes]:
+        """The values of the next cancel records."""
+        try:
+            batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=1000)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailable(f"cancel log: {error!r}") from error
+        return [record.value or b"" for batch in batches.values() for record in batch]

@@ -1,0 +1,109 @@
+"""How far a partition of requests has come: the *assigned* and the *finished* mark.
+
+*Assigned* is the lowest offset not yet taken into Redis; *finished* the lowest without a published
+outcome. Late binding and long generations take offsets out of order, and Kafka's offsets have gaps,
+so both are minima of sets, kept in heaps with lazy deletion.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+
+class _Minimum:
+    """A set of offsets with a cheap minimum."""
+
+    def __init__(self, members: Iterable[int] = ()) -> None:
+        self.members = set(members)
+        self._heap = sorted(self.members)
+
+    def add(self, offset: int) -> None:
+        if offset not in self.members:
+            self.members.add(offset)
+            heapq.heappush(self._heap, offset)
+
+    def discard(self, offset: int) -> None:
+        self.members.discard(offset)
+
+    def least(self) -> int | None:
+        while self._heap and self._heap[0] not in self.members:
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+
+class SourceProgress:
+    """One partition of one lane.
+
+    Args:
+        next_read: the offset where intake reads on.
+        open_below: taken offsets below `next_read` that have no outcome yet.
+        taken_above: offsets at or above `next_read` that are taken already: intake skips them.
+        open_above: those of `taken_above` that have no outcome yet.
+        floor: offsets below this may have had their outcomes before this leader; their answers'
+            position is the one that the previous commit noted (transaction 0).
+    """
+
+    def __init__(
+        self,
+        *,
+        next_read: int,
+        open_below: Iterable[int] = (),
+        taken_above: Iterable[int] = (),
+        open_above: Iterable[int] = (),
+    ) -> None:
+        self.next_read = next_read
+        self._taken_above = set(taken_above)
+        self._untaken = _Minimum()
+        self._open = _Minimum([*open_below, *open_above])
+        floor = max([next_read - 1, *self._taken_above], default=-1)
+        self._answered_above: list[tuple[int, int]] = [(0, floor)]
+
+    def read(self, offset: int) -> bool:
+        """Note that intake read `offset`; False when it is taken already and must be skipped."""
+        self.next_read = max(self.next_read, offset + 1)
+        if offset in self._taken_above:
+            self._taken_above.discard(offset)
+            return False
+        self._untaken.add(offset)
+        self._open.add(offset)
+        return True
+
+    def take(self, offset: int) -> None:
+        """Note that Redis has it."""
+        self._untaken.discard(offset)
+
+    def finish(self, offset: int, transaction: int) -> None:
+        """Note that its outcome is in this leader's `transaction`-th transaction."""
+        self._untaken.discard(offset)
+        if offset in self._open.members:
+            self._open.discard(offset)
+            heapq.heappush(self._answered_above, (transaction, offset))
+
+    @property
+    def assigned(self) -> int:
+        """The *assigned* mark."""
+        least = self._untaken.least()
+        return self.next_read if least is None else least
+
+    @property
+    def finished(self) -> int:
+        """The *finished* mark."""
+        least = self._open.least()
+        return self.next_read if least is None else min(least, self.next_read)
+
+    @property
+    def open_count(self) -> int:
+        """Requests read or in Redis without an outcome."""
+        return len(self._open.members)
+
+    @property
+    def span(self) -> int:
+        """How far reading is ahead of the *assigned* mark: bounds the set above it in Redis."""
+        return self.next_read - self.assigned
+
+    def earliest_answer(self) -> int | None:
+        """The lowest transaction holding an outcome of an offset at or above the *finished* mark."""
+        while self._answered_above and self._answered_above[0][1] < self.finished:
+            heapq.heappop(self._answered_above)
+        return self._answered_above[0][0] if self._answered_above else None

@@ -1,0 +1,186 @@
+"""The window: envelopes read from the log or put back to pending, waiting to be bound.
+
+Ordered by priority, then deadline, then age, per lane and model, so that a model without capacity
+holds up nobody else. Interactive requests go first; batch gets spare capacity and one bind in
+twenty, and a batch request older than its longest wait competes as interactive.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Lane, Ref
+from dispatcher.scheduling.fleet import Fleet, NodeState, candidates
+from dispatcher.scheduling.policies import Policy
+
+BATCH_EVERY = 20
+"""One bind in this many is offered to batch first: 5 % of capacity."""
+LOOK_PAST = 8
+"""How many unbindable heads of a queue are looked past for one that can be bound."""
+ENVELOPE_OVERHEAD_BYTES = 600
+"""What an envelope without its data costs in memory, measured with tracemalloc, rounded up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """A request in the window. `data` is empty when Redis keeps it (pending)."""
+
+    ref: Ref
+    envelope: Envelope
+    data: bytes = b""
+    from_pending: bool = False
+    failures: int = 0
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """What it costs the window's byte bound."""
+        return len(self.data) + ENVELOPE_OVERHEAD_BYTES + 64 * len(self.envelope.block_hashes)
+
+
+Order = tuple[int, int, int, int, int, str]
+"""(urgent first, -priority, deadline, append time, sequence, ref)"""
+
+
+class Window:
+    """Waiting requests and their order.
+
+    Args:
+        max_batch_wait_ms: a batch request that waited longer competes as interactive.
+    """
+
+    def __init__(self, *, max_batch_wait_ms: int = 3_600_000) -> None:
+        self._waiting: dict[str, Waiting] = {}
+        self._queues: dict[tuple[Lane, str], list[Order]] = {}
+        self._urgent: set[str] = set()
+        self._sequence = 0
+        self._binds = 0
+        self._max_batch_wait_ms = max_batch_wait_ms
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, ref: object) -> bool:
+        return ref in self._waiting
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(list(self._waiting.values()))
+
+    def get(self, ref: str) -> Waiting | None:
+        """The request of `ref`, if it waits here."""
+        return self._waiting.get(ref)
+
+    def push(self, waiting: Waiting) -> None:
+        """Enter a request."""
+        ref = waiting.envelope.ref
+        if ref in self._waiting:
+            return
+        self._waiting[ref] = waiting
+        self.bytes += waiting.bytes
+        queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
+        heapq.heappush(queue, self._order(waiting))
+
+    def _order(self, waiting: Waiting) -> Order:
+        self._sequence += 1
+        envelope = waiting.envelope
+        urgent = 0 if envelope.ref in self._urgent else 1
+        return (
+            urgent,
+            -envelope.priority,
+            envelope.deadline_at_ms,
+            envelope.appended_ms,
+            self._sequence,
+            envelope.ref,
+        )
+
+    def remove(self, ref: str) -> Waiting | None:
+        """Take a request out, wherever it stands."""
+        waiting = self._waiting.pop(ref, None)
+        if waiting is not None:
+            self.bytes -= waiting.bytes
+            self._urgent.discard(ref)
+        return waiting
+
+    def hurry(self, ref: str) -> None:
+        """Bind this one first of its model: it holds back its partition's mark."""
+        waiting = self._waiting.get(ref)
+        if waiting is not None and ref not in self._urgent:
+            self._urgent.add(ref)
+            queue = self._queues[(waiting.ref.lane, waiting.envelope.model)]
+            heapq.heappush(queue, self._order(waiting))
+
+    def models(self) -> set[str]:
+        """Models that something waits for."""
+        return {model for _, model in self._queues}
+
+    def choose(
+        self, fleet: Fleet, policy: Policy, rng: random.Random, now_ms: int
+    ) -> tuple[Waiting, NodeState] | None:
+        """Take out the next request that some node can take, with that node; None when there is none.
+
+        The choice is not reserved yet: the caller does that before it calls again.
+        """
+        self._binds += 1
+        lanes = [Lane.INTERACTIVE, Lane.BATCH]
+        if self._binds % BATCH_EVERY == 0:
+            lanes.reverse()
+        for lane in lanes:
+            chosen = self._choose_in(lane, fleet, policy, rng, now_ms)
+            if chosen is not None:
+                return chosen
+        return None
+
+    def _choose_in(
+        self, lane: Lane, fleet: Fleet, policy: Policy, rng: random.Random, now_ms: int
+    ) -> tuple[Waiting, NodeState] | None:
+        heads = []
+        for key in list(self._queues):
+            if key[0] is lane or self._is_overdue(key, now_ms):
+                head = self._head(key)
+                if head is not None and fleet.has_room(key[1]):
+                    heads.append((head, key))
+        for _, key in sorted(heads):
+            found = self._choose_from(key, fleet, policy, rng)
+            if found is not None:
+                return found
+        return None
+
+    def _is_overdue(self, key: tuple[Lane, str], now_ms: int) -> bool:
+        head = self._head(key)
+        return key[0] is Lane.BATCH and head is not None and now_ms - head[3] > self._max_batch_wait_ms
+
+    def _head(self, key: tuple[Lane, str]) -> Order | None:
+        queue = self._queues.get(key, [])
+        while queue and queue[0][5] not in self._waiting:
+            heapq.heappop(queue)
+        if not queue:
+            self._queues.pop(key, None)
+            return None
+        return queue[0]
+
+    def _choose_from(
+        self, key: tuple[Lane, str], fleet: Fleet, policy: Policy, rng: random.Random
+    ) -> tuple[Waiting, NodeState] | None:
+        queue = self._queues[key]
+        passed: list[Order] = []
+        found = None
+        while found is None and len(passed) < LOOK_PAST and self._head(key) is not None:
+            order = heapq.heappop(queue)
+            waiting = self._waiting[order[5]]
+            nodes = candidates(fleet.serving(key[1]), waiting.envelope, waiting.excluded)
+            if nodes:
+                found = waiting, policy(waiting.envelope, nodes, rng)
+            else:
+                passed.append(order)
+        for order in passed:
+            heapq.heappush(queue, order)
+        if passed:
+            self._queues[key] = queue
+        if found is not None:
+            self.remove(found[0].envelope.ref)
+        return found

@@ -1,0 +1,188 @@
+"""Endings that the leader decides: refused, evicted, cancelled, coalesced.
+
+Each is written to Redis's `closing` under the epoch before anything is published, so that a leader
+that dies in between leaves the decision to the next. Endings are batched; a caller waits only when
+too many are under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from dispatcher.backends.leader_store import CloseItem, LeaderStore
+from dispatcher.protocol import codec
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Ref
+from dispatcher.protocol.outcome import DeadLetter, Outcome, OutcomeKind, Reason, Timing
+from dispatcher.services.persist import until_answered
+from dispatcher.services.state import Doom, LeaderState
+
+BATCH = 128
+BACKLOG = 2048
+
+
+class Endings:
+    """Collects endings and writes them."""
+
+    def __init__(self, state: LeaderState, store: LeaderStore) -> None:
+        self._state = state
+        self._store = store
+        self._queue: asyncio.Queue[CloseItem] = asyncio.Queue(BACKLOG)
+
+    async def run(self) -> None:
+        """Write endings until cancelled."""
+        while True:
+            items = [await self._queue.get()]
+            while len(items) < BATCH and not self._queue.empty():
+                items.append(self._queue.get_nowait())
+            answers = await until_answered(lambda batch=items: self._store.close(batch), self._state.metrics)  # type: ignore[misc]
+            for item, answer in zip(items, answers, strict=True):
+                await self._written(item, answer)
+
+    async def _written(self, item: CloseItem, answer: str) -> None:
+        if answer.startswith("dup|"):
+            _, owner, print_ = answer.split("|")
+            await self._queue.put(self.duplicate_item(item, owner, print_))
+            return
+        if item.place == "log":
+            progress = self._state.progress_of(item.ref)
+            progress.take(item.ref.offset)
+            if item.kind == "none":
+                progress.finish(item.ref.offset, 0)
+
+    def duplicate_item(self, item: CloseItem, owner: str, owner_print: str) -> CloseItem:
+        """The ending of a record whose (tenant, id) belongs to the record `owner`."""
+        if item.fingerprint == owner_print:
+            return CloseItem(place="log", ref=item.ref, kind="none", fingerprint=item.fingerprint)
+        first_line = item.payload.split(b"\n")[0]
+        tenant = codec.outcomes.decode(first_line).tenant if first_line else ""
+        return _reused_id(item.ref, item.id, tenant, item.fingerprint, owner)
+
+    async def refuse_reused(self, ref: Ref, envelope: Envelope, owner: str) -> None:
+        """End a record whose (tenant, id) belongs to another request."""
+        await self._queue.put(_reused_id(ref, envelope.id, envelope.tenant, envelope.fingerprint, owner))
+
+    async def refuse(
+        self,
+        ref: Ref,
+        *,
+        id: str,
+        tenant: str,
+        fingerprint: str,
+        reason: Reason,
+        message: str,
+        appended_ms: int,
+        topic: str,
+        record: str | None,
+    ) -> None:
+        """End a record at intake. `record` (base64) sends it to the dead letters too."""
+        outcome = Outcome(
+            id=id,
+            ref=str(ref),
+            tenant=tenant,
+            kind=OutcomeKind.REJECTED,
+            reason=reason,
+            message=message,
+            fingerprint=fingerprint,
+            timing=Timing(appended=appended_ms, ended=self._state.clock.now_ms()),
+        )
+        payload = codec.encode(outcome) if id else b""
+        kind = "outcome"
+        if record is not None:
+            letter = DeadLetter(
+                ref=str(ref),
+                reason=reason,
+                message=message,
+                topic=topic,
+                id=id,
+                tenant=tenant,
+                record_base64=record,
+                dead_at_ms=self._state.clock.now_ms(),
+            )
+            kind, payload = "dead", payload + b"\n" + codec.encode(letter)
+        owns = id and reason is not Reason.ID_IN_USE
+        await self._queue.put(
+            CloseItem(
+                place="log",
+                ref=ref,
+                kind=kind,
+                id=id,
+                payload=payload,
+                identity=self._state.names.identity(tenant, id) if owns else "",
+                fingerprint=fingerprint,
+            )
+        )
+
+    async def coalesce(self, ref: Ref, fingerprint: str) -> None:
+        """End a record that repeats another: it gets no outcome of its own."""
+        await self._queue.put(CloseItem(place="log", ref=ref, kind="none", fingerprint=fingerprint))
+
+    def doom(self, envelope: Envelope, kind: OutcomeKind, reason: Reason, message: str) -> None:
+        """Decide the ending of an unfinished request; `carry_out` makes it true wherever it is."""
+        doom = Doom(envelope=envelope, kind=kind, reason=reason, message=message)
+        self._state.doomed.setdefault(envelope.ref, doom)
+
+    async def carry_out(self) -> None:
+        """End what is doomed. Repeated until each is gone: it may be on its way between two places."""
+        state = self._state
+        for ref, doom in list(state.doomed.items()):
+            known = state.identities.get((doom.envelope.tenant, doom.envelope.id))
+            if known is None or known[0] != ref:
+                state.doomed.pop(ref, None)
+                continue
+            item = self._ending_of(doom)
+            if item is not None:
+                await self._queue.put(item)
+
+    def _ending_of(self, doom: Doom) -> CloseItem | None:
+        state = self._state
+        envelope = doom.envelope
+        waiting = state.withdraw(envelope.ref)
+        bound = state.bound.get(envelope.ref)
+        if waiting is None and bound is None:
+            return None
+        outcome = Outcome(
+            id=envelope.id,
+            ref=envelope.ref,
+            tenant=envelope.tenant,
+            kind=doom.kind,
+            reason=doom.reason,
+            message=doom.message,
+            fingerprint=envelope.fingerprint,
+            model=envelope.model,
+            timing=Timing(appended=envelope.appended_ms, ended=state.clock.now_ms()),
+        )
+        payload = codec.encode(outcome)
+        ref = Ref.parse(envelope.ref)
+        if waiting is None:
+            job = bound.job if bound is not None else None
+            return CloseItem(place="job", ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
+        return CloseItem(
+            place="pending" if waiting.from_pending else "log",
+            ref=ref,
+            kind="outcome",
+            id=envelope.id,
+            payload=payload,
+            identity=state.names.identity(envelope.tenant, envelope.id),
+            fingerprint=envelope.fingerprint,
+        )
+
+
+def reused_id_message(owner: str) -> str:
+    """What the sender of a reused id is told."""
+    return f"id: already used by record {owner} with another body or reply route; choose a new id"
+
+
+def _reused_id(ref: Ref, id: str, tenant: str, fingerprint: str, owner: str) -> CloseItem:
+    outcome = Outcome(
+        id=id,
+        ref=str(ref),
+        tenant=tenant,
+        kind=OutcomeKind.REJECTED,
+        reason=Reason.ID_IN_USE,
+        message=reused_id_message(owner),
+        fingerprint=fingerprint,
+    )
+    return CloseItem(
+        place="log", ref=ref, kind="outcome", id=id, payload=codec.encode(outcome), fingerprint=fingerprint
+    )

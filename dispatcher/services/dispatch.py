@@ -1,0 +1,125 @@
+"""Dispatch: bind waiting requests to nodes, a batch per script call, late.
+
+Wakes when something waits or room appears. Choosing and reserving are one step in memory; the script
+makes it true in Redis, or tells why not, and then the reservation is taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from dispatcher.backends.leader_store import AssignItem, LeaderStore
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import Attempt, JobId
+from dispatcher.scheduling.fleet import NodeState
+from dispatcher.scheduling.policies import Policy
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.close import Endings
+from dispatcher.services.persist import until_answered
+from dispatcher.services.state import Bound, LeaderState
+
+
+class Dispatch:
+    """Binds one pool's requests."""
+
+    def __init__(
+        self, state: LeaderState, store: LeaderStore, endings: Endings, *, policy: Policy, batch: int
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._endings = endings
+        self._policy = policy
+        self._batch = batch
+
+    async def run(self) -> None:
+        """Bind until cancelled."""
+        state = self._state
+        while True:
+            next_due_s = state.release_due()
+            chosen = self._choose()
+            if chosen:
+                await self._assign(chosen)
+                state.room.set()
+                continue
+            state.work.clear()
+            try:
+                async with asyncio.timeout(next_due_s):
+                    await state.work.wait()
+            except TimeoutError:
+                pass
+
+    def _choose(self) -> list[tuple[Waiting, NodeState, Bound]]:
+        state = self._state
+        chosen: list[tuple[Waiting, NodeState, Bound]] = []
+        now = state.clock.now_ms()
+        while len(chosen) < self._batch:
+            found = state.window.choose(state.fleet, self._policy, state.rng, now)
+            if found is None:
+                break
+            waiting, node = found
+            bound = self._bind(waiting, node)
+            state.bind(waiting.envelope.ref, bound)
+            chosen.append((waiting, node, bound))
+        return chosen
+
+    def _bind(self, waiting: Waiting, node: NodeState) -> Bound:
+        ref = waiting.envelope.ref
+        n = self._state.attempts.get(ref, 0) + 1
+        self._state.attempts[ref] = n
+        return Bound(
+            envelope=waiting.envelope,
+            job=JobId(self._state.names.pool, node.name, waiting.ref, Attempt(self._store.lease.epoch, n)),
+            failures=waiting.failures,
+            excluded=waiting.excluded,
+        )
+
+    async def _assign(self, chosen: list[tuple[Waiting, NodeState, Bound]]) -> None:
+        state = self._state
+        names = state.names
+        items = []
+        for waiting, node, bound in chosen:
+            envelope = waiting.envelope
+            items.append(
+                AssignItem(
+                    job=bound.job,
+                    incarnation=node.identity.incarnation,
+                    cost_tokens=envelope.cost_tokens,
+                    from_pending=waiting.from_pending,
+                    identity=names.identity(envelope.tenant, envelope.id),
+                    fingerprint=envelope.fingerprint,
+                    data=waiting.data,
+                    envelope=b"" if waiting.from_pending else codec.encode(envelope),
+                )
+            )
+        marks = {source: progress.assigned for source, progress in state.progress.items()}
+        now_iso = state.clock.now_iso()
+        answers = await until_answered(
+            lambda: self._store.assign(items, marks, now_iso=now_iso), state.metrics
+        )
+        state.metrics.assign_batch.observe(len(items))
+        now_ms = state.clock.now_ms()
+        for (waiting, node, _), answer in zip(chosen, answers, strict=True):
+            await self._answered(waiting, node, answer, now_ms)
+        state.metrics.bound_requests.set(len(state.bound))
+
+    async def _answered(self, waiting: Waiting, node: NodeState, answer: str, now_ms: int) -> None:
+        state = self._state
+        ref = waiting.envelope.ref
+        if answer in {"ok", "already"}:
+            if not waiting.from_pending:
+                state.progress_of(waiting.ref).take(waiting.ref.offset)
+            state.metrics.assigned.inc()
+            state.metrics.wait_s.observe(max(0, now_ms - waiting.envelope.appended_ms) / 1000)
+            return
+        state.unbind(ref)
+        if answer == "gone":
+            node.available = False
+            state.enter(waiting)
+            return
+        _, owner, print_ = answer.split("|")
+        envelope = waiting.envelope
+        state.forget(envelope.tenant, envelope.id, ref)
+        if print_ == envelope.fingerprint:
+            await self._endings.coalesce(waiting.ref, envelope.fingerprint)
+        else:
+            await self._endings.refuse_reused(waiting.ref, envelope, owner)

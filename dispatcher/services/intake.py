@@ -1,0 +1,188 @@
+"""Intake: read the request lanes into the window, refuse what can't be served, note every offset.
+
+Reading stops (partitions are paused) while the window is full by count or bytes, or while it is too
+far ahead of the *assigned* mark; the request that holds the mark back is then bound first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+from dispatcher.backends.request_log import LogRecord, RequestLog
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Lane
+from dispatcher.protocol.outcome import Reason
+from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.close import Endings, reused_id_message
+from dispatcher.services.state import LeaderState
+
+READ_LIMIT = 1000
+READ_TIMEOUT_MS = 200
+DEAD_RECORD_BYTES = 256 << 10
+"""Larger poison is not copied into Redis; its dead letter says where it lies."""
+
+
+class Intake:
+    """Reads one pool's lanes."""
+
+    def __init__(
+        self,
+        state: LeaderState,
+        log: RequestLog,
+        endings: Endings,
+        *,
+        limits: AdmissionLimits,
+        window_requests: int,
+        window_bytes: int,
+        carried_bytes: int,
+        span_limit: int,
+    ) -> None:
+        self._state = state
+        self._log = log
+        self._endings = endings
+        self._limits = limits
+        self._window_requests = window_requests
+        self._window_bytes = window_bytes
+        self._carried_bytes = carried_bytes
+        self._span_limit = span_limit
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+        while True:
+            if not await self._wait_for_room():
+                continue
+            records = await self._log.read(timeout_ms=READ_TIMEOUT_MS, limit=READ_LIMIT)
+            for index, record in enumerate(records):
+                await self._take(record)
+                if index % 64 == 63:
+                    await asyncio.sleep(0)
+            self._note_size()
+
+    async def _wait_for_room(self) -> bool:
+        window = self._state.window
+        full = len(window) >= self._window_requests or window.bytes >= self._window_bytes
+        behind = {
+            source for source, progress in self._state.progress.items() if progress.span >= self._span_limit
+        }
+        for source in behind:
+            window.hurry(f"{source}_{self._state.progress[source].assigned}")
+        everything = set(self._state.progress)
+        self._log.pause(everything if full else behind)
+        if not full and behind != everything:
+            return True
+        self._state.room.clear()
+        self._state.work.set()
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_MS / 1000):
+                await self._state.room.wait()
+        except TimeoutError:
+            pass
+        return False
+
+    def _note_size(self) -> None:
+        self._state.metrics.window_requests.set(len(self._state.window))
+        self._state.metrics.window_bytes.set(self._state.window.bytes)
+
+    async def _take(self, record: LogRecord) -> None:
+        state = self._state
+        ref = record.ref
+        if not state.progress_of(ref).read(ref.offset):
+            return
+        state.metrics.records.labels(ref.lane.name.lower()).inc()
+        decision = admit(
+            ref,
+            record.key,
+            record.value,
+            appended_ms=record.timestamp_ms,
+            now_ms=state.clock.now_ms(),
+            traceparent=record.traceparent,
+            limits=self._limits if ref.lane is Lane.INTERACTIVE else self._batch_limits(),
+            carry_bodies=state.window.bytes < self._carried_bytes,
+        )
+        match decision:
+            case Refused():
+                await self._refuse(record, decision)
+            case Admitted(envelope=envelope, data=data):
+                if not await self._is_repeated(record, envelope) and not await self._is_hopeless(
+                    record, envelope
+                ):
+                    state.enter(Waiting(ref=ref, envelope=envelope, data=data))
+
+    def _batch_limits(self) -> AdmissionLimits:
+        limits = self._limits
+        return AdmissionLimits(
+            max_record_bytes=limits.max_record_bytes,
+            default_deadline_ms=limits.max_deadline_ms,
+            max_deadline_ms=limits.max_deadline_ms,
+            request_topic=self._state.names.requests(Lane.BATCH),
+            bodies_topic=limits.bodies_topic,
+            reply_topics=limits.reply_topics,
+        )
+
+    async def _refuse(self, record: LogRecord, refused: Refused) -> None:
+        known = self._state.identities.get((refused.tenant, refused.id)) if refused.id else None
+        if known is not None and known[1] == refused.fingerprint and refused.fingerprint:
+            await self._endings.coalesce(record.ref, refused.fingerprint)
+            return
+        self._state.metrics.refused.labels(refused.reason.value).inc()
+        self._state.log.info(
+            "request refused",
+            ref=str(record.ref),
+            id=refused.id,
+            reason=refused.reason.value,
+            message=refused.message,
+        )
+        copy = None
+        if refused.dead_letter:
+            value = record.value or b""
+            copy = base64.b64encode(value).decode() if len(value) <= DEAD_RECORD_BYTES else ""
+        await self._endings.refuse(
+            record.ref,
+            id=refused.id,
+            tenant=refused.tenant,
+            fingerprint=refused.fingerprint,
+            reason=refused.reason if known is None else Reason.ID_IN_USE,
+            message=refused.message,
+            appended_ms=record.timestamp_ms,
+            topic=self._state.names.requests(record.ref.lane),
+            record=copy,
+        )
+
+    async def _is_repeated(self, record: LogRecord, envelope: Envelope) -> bool:
+        known = self._state.identities.get((envelope.tenant, envelope.id))
+        if known is None or known[0] == envelope.ref:
+            return False
+        if known[1] == envelope.fingerprint:
+            await self._endings.coalesce(record.ref, envelope.fingerprint)
+            return True
+        await self._refuse(
+            record,
+            Refused(
+                reason=Reason.ID_IN_USE,
+                message=reused_id_message(known[0]),
+                id=envelope.id,
+                tenant=envelope.tenant,
+                fingerprint=envelope.fingerprint,
+            ),
+        )
+        return True
+
+    async def _is_hopeless(self, record: LogRecord, envelope: Envelope) -> bool:
+        serving = self._state.fleet.serving(envelope.model)
+        longest = max((node.longest_prompt() for node in serving), default=0)
+        if not serving or not envelope.tokens_exact or envelope.prompt_tokens <= longest:
+            return False
+        await self._refuse(
+            record,
+            Refused(
+                reason=Reason.PROMPT_TOO_LONG,
+                message=f"prompt: expected at most {longest} tokens (the largest node of {envelope.model}), "
+                f"seen {envelope.prompt_tokens}",
+                id=envelope.id,
+                tenant=envelope.tenant,
+                fingerprint=envelope.fingerprint,
+            ),
+        )
+        return True

@@ -1,0 +1,330 @@
+"""Publish: read `closing`, decide failed attempts, put outcomes on Kafka in transactions.
+
+An outcome was decided when its closing entry was written; this loop only makes it known, together
+with the *finished* mark. Whatever fails here in an unclear way ends this leader's session: the next
+one reads `outcomes` before it publishes, so nothing is said twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from dispatcher.backends.leader_store import LeaderStore, RetryItem
+from dispatcher.backends.outcome_log import CommitNote, OutcomeLog, Publication
+from dispatcher.backends.store_view import StoreView, StreamEntry
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import JobId, Ref
+from dispatcher.protocol.outcome import (
+    DeadLetter,
+    FailedAttempt,
+    Outcome,
+    OutcomeKind,
+    Timing,
+    Usage,
+)
+from dispatcher.scheduling.retry import GiveUp, decide
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.persist import until_answered
+from dispatcher.services.state import Bound, LeaderState
+
+READ_COUNT = 512
+READ_BLOCK_MS = 500
+RECOMMIT_S = 60.0
+"""An idle pool's marks are committed again this often, so that retention of offsets never ends."""
+
+
+class _Line(msgspec.Struct):
+    """What the canonical log line takes from an outcome."""
+
+    kind: OutcomeKind
+    reason: str
+    tenant: str = ""
+    node: str = ""
+    attempt: str = ""
+    usage: Usage = Usage()
+    timing: Timing = Timing()
+
+
+_line = msgspec.json.Decoder(_Line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ending:
+    """A closing entry ready to be published."""
+
+    entry: bytes
+    ref: Ref
+    id: str
+    publication: Publication
+    job_to_delete: str = ""
+
+
+class Publish:
+    """Publishes one pool's outcomes.
+
+    Args:
+        positions: the end of `outcomes` by partition, as read when this leader took over.
+        floor: where the answers of requests above the *finished* marks began before that.
+    """
+
+    def __init__(
+        self,
+        state: LeaderState,
+        store: LeaderStore,
+        view: StoreView,
+        log: OutcomeLog,
+        *,
+        positions: Mapping[int, int],
+        floor: Mapping[str, int],
+        generation: str,
+        committed: Mapping[str, int],
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._view = view
+        self._log = log
+        self._positions = dict(positions)
+        self._starts: dict[int, dict[str, int]] = {0: dict(floor)}
+        self._transaction = 0
+        self._generation = generation
+        self._committed = dict(committed)
+        self._committed_at = state.clock.monotonic()
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        cursor = b"0-0"
+        while True:
+            entries = await until_answered(
+                lambda after=cursor: self._view.read_stream(  # type: ignore[misc]
+                    self._state.names.closing, after, block_ms=READ_BLOCK_MS, count=READ_COUNT
+                ),
+                self._state.metrics,
+            )
+            if entries:
+                cursor = entries[-1].id
+            await self.publish(entries)
+
+    async def publish(self, entries: list[StreamEntry]) -> None:
+        """Carry out one batch of closing entries."""
+        endings: list[_Ending] = []
+        retries: list[tuple[RetryItem, Bound]] = []
+        for entry in entries:
+            try:
+                ref = Ref.parse(entry.text("ref"))
+                if entry.text("kind") in {"failed", "released"}:
+                    await self._sort_failure(entry, ref, endings, retries)
+                else:
+                    self._state.unbind(str(ref))
+                    endings.append(_published_ending(entry, ref))
+            except ValueError as error:
+                self._state.metrics.foreign.inc()
+                self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
+        if retries:
+            await self._retry(retries)
+        await self._publish(endings)
+
+    async def _sort_failure(
+        self,
+        entry: StreamEntry,
+        ref: Ref,
+        endings: list[_Ending],
+        retries: list[tuple[RetryItem, Bound]],
+    ) -> None:
+        state = self._state
+        failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
+        job = JobId.parse(entry.text("job"))
+        bound = state.unbind(str(ref)) or await self._stored(job)
+        if bound is None:
+            raise codec.MalformedRecord(f"closing: job {job} has no record")
+        verdict = decide(failed.cause, bound.failures, state.rng)
+        state.log.info(
+            "attempt failed",
+            ref=str(ref),
+            id=bound.envelope.id,
+            node=failed.node,
+            cause=failed.cause.value,
+            message=failed.message,
+            verdict=type(verdict).__name__,
+        )
+        if isinstance(verdict, GiveUp):
+            endings.append(_given_up(entry, ref, bound, failed, verdict, state))
+            return
+        excluded = bound.excluded
+        if verdict.exclude and job.node not in excluded:
+            excluded = (*excluded, job.node)
+        state.metrics.retries.labels(failed.cause.value).inc()
+        item = RetryItem(
+            entry=entry.id,
+            job=job,
+            not_before_ms=state.clock.now_ms() + int(verdict.delay_s * 1000),
+            failures=verdict.failures,
+            excluded=excluded,
+            cause=failed.cause.value,
+        )
+        retries.append((item, bound))
+
+    async def _stored(self, job: JobId) -> Bound | None:
+        stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
+        if stored is None or not stored.envelope:
+            return None
+        return Bound(
+            envelope=codec.envelopes.decode(stored.envelope),
+            job=job,
+            failures=stored.failures,
+            excluded=stored.excluded,
+        )
+
+    async def _retry(self, retries: list[tuple[RetryItem, Bound]]) -> None:
+        items = [item for item, _ in retries]
+        await until_answered(lambda: self._store.retry(items), self._state.metrics)
+        for item, bound in retries:
+            waiting = Waiting(
+                ref=item.job.ref,
+                envelope=bound.envelope,
+                from_pending=True,
+                failures=item.failures,
+                excluded=item.excluded,
+            )
+            self._state.delay(waiting, item.not_before_ms)
+
+    async def _publish(self, endings: list[_Ending]) -> None:
+        state = self._state
+        fresh: dict[str, _Ending] = {}
+        for ending in endings:
+            if str(ending.ref) not in state.published:
+                fresh.setdefault(str(ending.ref), ending)
+        self._transaction += 1
+        self._starts[self._transaction] = {str(p): offset for p, offset in self._positions.items()}
+        for ending in endings:
+            state.progress_of(ending.ref).finish(ending.ref.offset, self._transaction)
+        finished = {
+            source: progress.finished
+            for source, progress in state.progress.items()
+            if progress.finished != self._committed.get(source)
+        }
+        idle = state.clock.monotonic() - self._committed_at > RECOMMIT_S
+        if idle:
+            finished = {source: progress.finished for source, progress in state.progress.items()}
+        if not fresh and not finished:
+            self._starts.pop(self._transaction)
+            self._transaction -= 1
+            if not endings:
+                return
+        else:
+            await self._commit(fresh, finished)
+        await until_answered(
+            lambda: self._store.settle(
+                self._positions, [(ending.entry, ending.job_to_delete) for ending in endings]
+            ),
+            state.metrics,
+        )
+        for ending in endings:
+            state.forget_ref(str(ending.ref), ending.id)
+        self._prune()
+
+    async def _commit(self, fresh: Mapping[str, _Ending], finished: Mapping[str, int]) -> None:
+        state = self._state
+        self._store.lease.check()
+        note = CommitNote(
+            positions=self._earliest_positions(),
+            epoch=self._store.lease.epoch,
+            generation=self._generation,
+        )
+        began = state.clock.monotonic()
+        after = await self._log.publish([ending.publication for ending in fresh.values()], finished, note)
+        self._positions.update(after)
+        self._committed.update(finished)
+        self._committed_at = state.clock.monotonic()
+        state.metrics.transaction_s.observe(self._committed_at - began)
+        for ref, ending in fresh.items():
+            self._report(ref, ending)
+
+    def _report(self, ref: str, ending: _Ending) -> None:
+        state = self._state
+        if not ending.publication.outcome:
+            return
+        line = _line.decode(ending.publication.outcome)
+        state.metrics.outcomes.labels(line.kind.value, line.reason).inc()
+        timing = line.timing
+        state.log.info(
+            "request finished",
+            ref=ref,
+            id=ending.id,
+            tenant=line.tenant,
+            kind=line.kind.value,
+            reason=line.reason,
+            node=line.node,
+            attempt=line.attempt,
+            prompt_tokens=line.usage.prompt_tokens,
+            completion_tokens=line.usage.completion_tokens,
+            cached_tokens=line.usage.cached_tokens,
+            queue_ms=timing.claimed - timing.appended if timing.claimed else None,
+            ttft_ms=timing.first_token - timing.appended if timing.first_token else None,
+            total_ms=timing.ended - timing.appended,
+        )
+
+    def _earliest_positions(self) -> dict[str, int]:
+        earliest = [
+            first
+            for first in (progress.earliest_answer() for progress in self._state.progress.values())
+            if first is not None
+        ]
+        return self._starts[min(earliest, default=self._transaction)]
+
+    def _prune(self) -> None:
+        firsts = [progress.earliest_answer() for progress in self._state.progress.values()]
+        needed = min((first for first in firsts if first is not None), default=self._transaction + 1)
+        for transaction in [t for t in self._starts if t < needed and t != self._transaction]:
+            del self._starts[transaction]
+        for source, progress in self._state.progress.items():
+            self._state.metrics.finished_lag.labels(source).set(progress.open_count)
+
+
+def _published_ending(entry: StreamEntry, ref: Ref) -> _Ending:
+    payload = entry.fields.get(b"payload", b"")
+    outcome, dead = payload, b""
+    if entry.text("kind") == "dead":
+        outcome, _, dead = payload.partition(b"\n")
+    id = entry.text("id")
+    publication = Publication(key=id.encode(), outcome=outcome, dead=dead)
+    return _Ending(entry=entry.id, ref=ref, id=id, publication=publication)
+
+
+def _given_up(
+    entry: StreamEntry, ref: Ref, bound: Bound, failed: FailedAttempt, verdict: GiveUp, state: LeaderState
+) -> _Ending:
+    envelope = bound.envelope
+    now_ms = state.clock.now_ms()
+    outcome = Outcome(
+        id=envelope.id,
+        ref=envelope.ref,
+        tenant=envelope.tenant,
+        kind=OutcomeKind.FAILED,
+        reason=verdict.reason,
+        message=failed.message,
+        fingerprint=envelope.fingerprint,
+        attempt=failed.attempt,
+        node=failed.node,
+        model=envelope.model,
+        http_status=failed.http_status,
+        timing=Timing(appended=envelope.appended_ms, ended=now_ms),
+    )
+    letter = DeadLetter(
+        ref=envelope.ref,
+        reason=verdict.reason,
+        message=failed.message,
+        topic=state.names.requests(ref.lane),
+        id=envelope.id,
+        tenant=envelope.tenant,
+        attempts=(failed,),
+        dead_at_ms=now_ms,
+    )
+    publication = Publication(
+        key=envelope.id.encode(), outcome=codec.encode(outcome), dead=codec.encode(letter)
+    )
+    return _Ending(
+        entry=entry.id, ref=ref, id=envelope.id, publication=publication, job_to_delete=entry.text("job")
+    )

@@ -1,0 +1,160 @@
+"""What a leader keeps in memory while it leads: the one object that its services share.
+
+Everything here can be rebuilt: from Redis's places while Redis is intact, from Kafka when it is not.
+A single thread touches it, and never across an await in a half-changed state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from dataclasses import dataclass, field
+
+from dispatcher.backends.clock import Clock
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import JobId, Names, Ref
+from dispatcher.protocol.outcome import OutcomeKind, Reason
+from dispatcher.scheduling.fleet import Fleet
+from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.window import Waiting, Window
+from dispatcher.telemetry.logging import Log
+from dispatcher.telemetry.metrics import DispatcherMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """A request at a node."""
+
+    envelope: Envelope
+    job: JobId
+    failures: int
+    excluded: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doom:
+    """An ending decided for a request that must now be carried out wherever the request is."""
+
+    envelope: Envelope
+    kind: OutcomeKind
+    reason: Reason
+    message: str
+
+
+@dataclass(kw_only=True)
+class LeaderState:
+    """The ledger of a leading dispatcher."""
+
+    names: Names
+    fleet: Fleet
+    clock: Clock
+    rng: random.Random
+    metrics: DispatcherMetrics
+    log: Log
+    window: Window = field(default_factory=Window)
+    progress: dict[str, SourceProgress] = field(default_factory=dict)
+    bound: dict[str, Bound] = field(default_factory=dict)
+    identities: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    published: set[str] = field(default_factory=set)
+    doomed: dict[str, Doom] = field(default_factory=dict)
+    deadlines: list[tuple[int, str]] = field(default_factory=list)
+    work: asyncio.Event = field(default_factory=asyncio.Event)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    _tenants: dict[str, str] = field(default_factory=dict)
+    _delayed: list[tuple[int, str]] = field(default_factory=list)
+    _delayed_requests: dict[str, Waiting] = field(default_factory=dict)
+
+    def enter(self, waiting: Waiting) -> None:
+        """Let a request wait to be bound."""
+        self._know(waiting.envelope)
+        self.window.push(waiting)
+        self.work.set()
+
+    def _know(self, envelope: Envelope) -> None:
+        identity = (envelope.tenant, envelope.id)
+        if identity not in self.identities:
+            self.identities[identity] = (envelope.ref, envelope.fingerprint)
+            self._tenants[envelope.ref] = envelope.tenant
+            heapq.heappush(self.deadlines, (envelope.deadline_at_ms, envelope.ref))
+
+    def bind(self, ref: str, bound: Bound) -> None:
+        """Note a request at a node."""
+        self.bound[ref] = bound
+        envelope = bound.envelope
+        self._know(envelope)
+        self.fleet.reserve(bound.job.node, ref, envelope.cost_tokens)
+
+    def unbind(self, ref: str) -> Bound | None:
+        """Note that it is not at a node any more; its capacity is free."""
+        bound = self.bound.pop(ref, None)
+        if bound is not None:
+            self.fleet.release(bound.job.node, ref)
+            self.work.set()
+        return bound
+
+    def delay(self, waiting: Waiting, not_before_ms: int) -> None:
+        """Let a pending request wait until `not_before_ms`, then to be bound."""
+        if not_before_ms <= self.clock.now_ms():
+            self.enter(waiting)
+            return
+        self._know(waiting.envelope)
+        ref = waiting.envelope.ref
+        self._delayed_requests[ref] = waiting
+        heapq.heappush(self._delayed, (not_before_ms, ref))
+        self.work.set()
+
+    def release_due(self) -> float | None:
+        """Enter the delayed requests that are due; returns seconds until the next, None when none."""
+        now = self.clock.now_ms()
+        while self._delayed and self._delayed[0][0] <= now:
+            waiting = self._delayed_requests.pop(heapq.heappop(self._delayed)[1], None)
+            if waiting is not None:
+                self.enter(waiting)
+        return (self._delayed[0][0] - now) / 1000 if self._delayed else None
+
+    def delayed(self) -> list[Waiting]:
+        """Pending requests whose time has not come."""
+        return list(self._delayed_requests.values())
+
+    def withdraw(self, ref: str) -> Waiting | None:
+        """Take a waiting request out, delayed or not."""
+        return self._delayed_requests.pop(ref, None) or self.window.remove(ref)
+
+    def waiting(self, ref: str) -> Waiting | None:
+        """The waiting request of `ref`, delayed or not."""
+        return self._delayed_requests.get(ref) or self.window.get(ref)
+
+    def forget(self, tenant: str, request_id: str, ref: str) -> None:
+        """Drop what only an unfinished request needs."""
+        known = self.identities.get((tenant, request_id))
+        if known is not None and known[0] == ref:
+            del self.identities[(tenant, request_id)]
+        self.attempts.pop(ref, None)
+        self.doomed.pop(ref, None)
+
+    def forget_ref(self, ref: str, request_id: str) -> None:
+        """Drop what only an unfinished request needs, when its tenant is not at hand."""
+        tenant = self._tenants.pop(ref, None)
+        if tenant is not None:
+            self.forget(tenant, request_id, ref)
+        else:
+            self.attempts.pop(ref, None)
+
+    @property
+    def in_transit(self) -> dict[str, str]:
+        """Refs (with tenants) of all requests that have no published outcome, wherever they are."""
+        return self._tenants
+
+    def envelope_of(self, ref: str) -> Envelope | None:
+        """The envelope of an unfinished request, wherever it is."""
+        waiting = self.waiting(ref)
+        if waiting is not None:
+            return waiting.envelope
+        bound = self.bound.get(ref)
+        return bound.envelope if bound is not None else None
+
+    def progress_of(self, ref: Ref) -> SourceProgress:
+        """The marks of the partition that `ref` lies in."""
+        return self.progress[ref.source]

@@ -1,0 +1,236 @@
+"""Watch: follow the nodes' registrations and reports, and act when one is gone.
+
+The mirror is followed by leaders and standbys alike, so that a new leader knows its fleet at once.
+The guard acts for the leader only: it admits nodes, fences the silent ones and takes their work back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from dispatcher.backends.clock import Clock
+from dispatcher.backends.leader_store import LeaderStore
+from dispatcher.backends.store_view import StoredNode, StoreView
+from dispatcher.errors import StoreUnavailable
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import Ref
+from dispatcher.protocol.outcome import FailureCause
+from dispatcher.scheduling.fleet import Fleet
+from dispatcher.scheduling.silence import HealthyClock, silent_nodes
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.persist import until_answered
+from dispatcher.services.state import LeaderState
+from dispatcher.telemetry.metrics import DispatcherMetrics
+
+READ_BLOCK_MS = 100
+READ_COUNT = 1000
+RESYNC_S = 5.0
+REAP_S = 2.0
+
+
+class FleetMirror:
+    """A fleet that follows the reports stream."""
+
+    def __init__(self, view: StoreView, clock: Clock, metrics: DispatcherMetrics) -> None:
+        self.fleet = Fleet()
+        self.healthy = HealthyClock()
+        self.changed: set[str] = set()
+        self.left: set[str] = set()
+        self._view = view
+        self._clock = clock
+        self._metrics = metrics
+        self._cursor: bytes | None = None
+        self._synced_at = 0.0
+
+    async def run(self) -> None:
+        """Follow until cancelled (a standby's whole work)."""
+        while True:
+            await self.step()
+
+    async def step(self) -> None:
+        """Take in what was reported; waits a little for news."""
+        try:
+            await self._sync_when_due()
+            assert self._cursor is not None
+            entries = await self._view.read_stream(
+                self._view.names.reports, self._cursor, block_ms=READ_BLOCK_MS, count=READ_COUNT
+            )
+            for entry in entries:
+                self._cursor = entry.id
+                self._apply(entry.text("kind"), entry.fields.get(b"body", b""))
+            self.healthy.answered(self._clock.monotonic())
+        except StoreUnavailable:
+            self.healthy.failed()
+            self._metrics.store_errors.inc()
+            await asyncio.sleep(READ_BLOCK_MS / 1000)
+
+    async def _sync_when_due(self) -> None:
+        now = self._clock.monotonic()
+        if self._cursor is not None and now - self._synced_at < RESYNC_S:
+            return
+        newest = await self._view.last_id(self._view.names.reports)
+        names = set(await self._view.node_names()) | set(self.fleet.nodes)
+        self.merge(await self._view.nodes(names))
+        if self._cursor is None or self._cursor > newest:
+            self._cursor = newest
+        self._synced_at = now
+
+    def merge(self, stored: Iterable[StoredNode]) -> None:
+        """Take over identities that the stream did not show."""
+        for node in stored:
+            known = self.fleet.nodes.get(node.node)
+            if known is None or known.identity.incarnation != node.incarnation:
+                if node.identity and node.fenced != node.incarnation:
+                    self._apply("register", node.identity)
+                    if node.report:
+                        self._apply("report", node.report)
+            elif node.fenced == node.incarnation:
+                known.available = False
+            elif known.identity.incarnation == node.incarnation and not known.available and node.alive:
+                known.available = True
+
+    def _apply(self, kind: str, body: bytes) -> None:
+        try:
+            if kind == "register":
+                identity = codec.identities.decode(body)
+                known = self.fleet.nodes.get(identity.node)
+                if known is None or known.identity != identity or not known.available:
+                    self.fleet.admit(identity, self.healthy.now_s)
+                self.changed.add(identity.node)
+                self.left.discard(identity.node)
+            elif kind == "report":
+                report = codec.reports.decode(body)
+                node = self.fleet.nodes.get(report.node)
+                if node is not None and node.identity.incarnation == report.incarnation:
+                    node.report = report
+                    node.last_heard_s = self.healthy.now_s
+                    if report.left:
+                        self.left.add(report.node)
+        except codec.MalformedRecord:
+            self._metrics.foreign.inc()
+
+    def forgive(self) -> None:
+        """Restart every node's window of silence: a new leader has heard nobody yet."""
+        for node in self.fleet.nodes.values():
+            node.last_heard_s = self.healthy.now_s
+
+
+class Guard:
+    """Acts on what the mirror shows."""
+
+    def __init__(
+        self,
+        state: LeaderState,
+        store: LeaderStore,
+        view: StoreView,
+        mirror: FleetMirror,
+        *,
+        heartbeat_ttl_s: float,
+        claim_lease_s: float,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._view = view
+        self._mirror = mirror
+        self._window_s = heartbeat_ttl_s
+        self._lease_s = claim_lease_s
+        self._warned: set[str] = set()
+        self._reaped_at = 0.0
+
+    async def run(self) -> None:
+        """Follow and act until cancelled."""
+        while True:
+            await self._mirror.step()
+            await self.act()
+            self._state.work.set()
+
+    async def act(self) -> None:
+        """One round of decisions."""
+        mirror, state = self._mirror, self._state
+        changed, mirror.changed = mirror.changed, set()
+        for name in sorted(changed):
+            await self._welcome(name)
+        left, mirror.left = mirror.left, set()
+        for name in sorted(left):
+            await self.fence(name, FailureCause.DRAINING)
+        heard = {node.name: node.last_heard_s for node in mirror.fleet.nodes.values() if node.available}
+        now_s = mirror.healthy.now_s
+        for name in silent_nodes(heard, now_s, window_s=self._window_s, already_warned=self._warned):
+            state.log.warning("node silent", node=name, silent_s=round(now_s - heard[name], 2))
+            state.metrics.fenced.inc()
+            await self.fence(name, FailureCause.NODE_LOST)
+        await self._reap()
+        state.metrics.nodes.labels("available").set(len(heard))
+        state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
+        state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
+
+    async def _welcome(self, name: str) -> None:
+        node = self._mirror.fleet.nodes[name]
+        incarnation = node.identity.incarnation
+        await until_answered(lambda: self._store.admit(name), self._state.metrics)
+        await self._requeue(name, "others", incarnation, FailureCause.NODE_LOST)
+        self._state.log.info("node admitted", node=name, incarnation=incarnation)
+
+    async def fence(self, name: str, cause: FailureCause) -> None:
+        """Fence a node's incarnation and take back everything it held."""
+        node = self._mirror.fleet.nodes.get(name)
+        if node is None:
+            return
+        node.available = False
+        incarnation = node.identity.incarnation
+        moved = await self._requeue(name, "fence", incarnation, cause)
+        self._state.log.warning(
+            "node fenced", node=name, incarnation=incarnation, cause=cause.value, moved=moved
+        )
+
+    async def _reap(self) -> None:
+        now_s = self._mirror.healthy.now_s
+        if now_s - self._reaped_at < REAP_S or self._mirror.healthy.since_trouble_s < self._lease_s:
+            return
+        self._reaped_at = now_s
+        for node in list(self._mirror.fleet.nodes.values()):
+            if node.held:
+                await self._requeue(node.name, "expired", "", FailureCause.LEASE_EXPIRED)
+
+    async def _requeue(self, name: str, mode: str, incarnation: str, cause: FailureCause) -> int:
+        refs = await until_answered(
+            lambda: self._store.requeue(name, mode, incarnation, cause.value), self._state.metrics
+        )
+        if refs is None:
+            return 0
+        unknown = []
+        for ref in refs:
+            bound = self._state.unbind(str(ref))
+            if bound is None:
+                unknown.append(ref)
+                continue
+            excluded = bound.excluded if name in bound.excluded else (*bound.excluded, name)
+            self._state.enter(
+                Waiting(
+                    ref=ref,
+                    envelope=bound.envelope,
+                    from_pending=True,
+                    failures=bound.failures,
+                    excluded=excluded,
+                )
+            )
+        await self._load_pending(unknown)
+        self._state.metrics.requeued.labels(cause.value).inc(len(refs))
+        return len(refs)
+
+    async def _load_pending(self, refs: list[Ref]) -> None:
+        missing = [str(ref) for ref in refs if self._state.waiting(str(ref)) is None]
+        if not missing:
+            return
+        stored = await until_answered(lambda: self._view.pending_jobs(missing), self._state.metrics)
+        for job in stored:
+            self._state.enter(
+                Waiting(
+                    ref=Ref.parse(job.ref),
+                    envelope=codec.envelopes.decode(job.envelope),
+                    from_pending=True,
+                    failures=job.failures,
+                    excluded=job.excluded,
+                )
+            )

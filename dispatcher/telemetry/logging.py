@@ -1,0 +1,66 @@
+"""Structured logs: one JSON object a line on stderr, or short text on a terminal.
+
+`event` names what happened, in words that do not change; everything else is a field. Prompts,
+completions and secrets are never fields.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+
+class _JSONLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line.update(getattr(record, "fields", {}))
+        if record.name != "flexlb":
+            line["logger"] = record.name
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
+        text = f"{time.strftime('%H:%M:%S')} {record.levelname.lower():7} {record.getMessage()} {fields}"
+        return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Send all logs to stderr in our form."""
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(_Text() if sys.stderr.isatty() else _JSONLines())
+    root = logging.getLogger()
+    root.handlers[:] = [stream]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("flexlb").setLevel(level)
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)
+
+
+class Log:
+    """A logger that takes fields. `who` is put on each line."""
+
+    def __init__(self, **who: object) -> None:
+        self._logger = logging.getLogger("flexlb")
+        self._who = who
+
+    def info(self, event: str, **fields: object) -> None:
+        """Something normal worth a line."""
+        self._logger.info(event, extra={"fields": {**self._who, **fields}})
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Something an operator may want to look at."""
+        self._logger.warning(event, extra={"fields": {**self._who, **fields}})
+
+    def error(self, event: str, **fields: object) -> None:
+        """Something an operator must look at."""
+        self._logger.error(event, extra={"fields": {**self._who, **fields}})

@@ -1,0 +1,90 @@
+"""Metrics of a dispatcher, and the small HTTP server that every process shows them on.
+
+Labels come from closed enums or from node names, so their number is bounded. Each process makes one
+registry and passes it down; nothing is registered globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class DispatcherMetrics:
+    """What a dispatcher counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.leading = Gauge("flexlb_leading", "1 while this dispatcher leads", registry=registry)
+        self.elections = Counter("flexlb_elections", "Leases acquired", registry=registry)
+        self.depositions = Counter("flexlb_depositions", "Leases lost or given up", registry=registry)
+        self.records = Counter("flexlb_records_read", "Request records read", ["lane"], registry=registry)
+        self.refused = Counter("flexlb_refused", "Records refused at intake", ["reason"], registry=registry)
+        self.window_requests = Gauge("flexlb_window_requests", "Requests waiting", registry=registry)
+        self.window_bytes = Gauge("flexlb_window_bytes", "Bytes of waiting requests", registry=registry)
+        self.bound_requests = Gauge("flexlb_bound_requests", "Requests at nodes", registry=registry)
+        self.assigned = Counter("flexlb_assigned", "Requests bound to nodes", registry=registry)
+        self.assign_batch = Histogram(
+            "flexlb_assign_batch",
+            "Requests per assign call",
+            registry=registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+        )
+        self.wait_s = Histogram("flexlb_wait_seconds", "Append to assign", registry=registry, buckets=SECONDS)
+        self.outcomes = Counter(
+            "flexlb_outcomes", "Outcomes published", ["kind", "reason"], registry=registry
+        )
+        self.transaction_s = Histogram(
+            "flexlb_transaction_seconds", "Outcome transactions", registry=registry, buckets=SECONDS
+        )
+        self.retries = Counter("flexlb_retries", "Attempts bound again", ["cause"], registry=registry)
+        self.requeued = Counter("flexlb_requeued", "Requests moved off a node", ["cause"], registry=registry)
+        self.fenced = Counter("flexlb_nodes_fenced", "Incarnations fenced", registry=registry)
+        self.nodes = Gauge("flexlb_nodes", "Nodes by state", ["state"], registry=registry)
+        self.stale_load_s = Gauge(
+            "flexlb_oldest_report_seconds", "Age of the oldest load report", registry=registry
+        )
+        self.store_errors = Counter("flexlb_store_errors", "Calls Redis did not answer", registry=registry)
+        self.log_errors = Counter("flexlb_log_errors", "Calls Kafka did not answer", registry=registry)
+        self.finished_lag = Gauge("flexlb_finished_lag", "Open requests", ["source"], registry=registry)
+        self.lost_to_retention = Gauge(
+            "flexlb_lost_to_retention", "Records deleted before they were read", ["source"], registry=registry
+        )
+        self.adopted = Counter(
+            "flexlb_adopted", "Running attempts adopted after Redis lost data", registry=registry
+        )
+        self.generations = Counter("flexlb_generations", "Redis generations begun", registry=registry)
+        self.foreign = Counter("flexlb_foreign_entries", "Entries of other makers refused", registry=registry)
+
+
+async def serve_metrics(
+    registry: CollectorRegistry, host: str, port: int, health: Callable[[], dict[str, object]]
+) -> tuple[web.AppRunner, int]:
+    """Serve `/metrics` and `/health`; returns the runner to clean up and the port.
+
+    Raises:
+        OSError: the port is in use.
+    """
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), content_type="text/plain", charset="utf-8")
+
+    async def healthy(_: web.Request) -> web.Response:
+        state = health()
+        return web.json_response(state, status=200 if state.get("ok") else 503)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/health", healthy)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port)
+    try:
+        await site.start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner, int(runner.addresses[0][1])
