@@ -1,0 +1,60 @@
+"""What an agent asks of an engine: run one request as a stream, tell whether it is alive.
+
+An engine is believed by its progress, not by its health page: a stream counts as finished only when
+every choice has given a finish reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from dispatcher.errors import FlexLBError
+from dispatcher.protocol.assignment import Work
+from dispatcher.protocol.chunk import ChoiceDelta
+from dispatcher.protocol.outcome import FailureCause, Usage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one event of the engine's stream added.
+
+    `finish_reasons` holds (choice index, reason) of choices that ended; `usage` comes once, last.
+    """
+
+    choices: tuple[ChoiceDelta, ...] = ()
+    tokens: int = 0
+    finish_reasons: tuple[tuple[int, str], ...] = ()
+    usage: Usage | None = None
+
+
+class EngineFailure(FlexLBError):
+    """An attempt failed: `cause` is what the retry decision reads."""
+
+    def __init__(self, cause: FailureCause, message: str, *, http_status: int = 0) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.http_status = http_status
+
+
+class Engine(Protocol):
+    """One engine beside this agent."""
+
+    def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
+        """Run `body` (an OpenAI body) at `work.endpoint`; closing the generator aborts the request.
+
+        Ends normally only after each choice's finish reason.
+
+        Raises:
+            EngineFailure: refused, overloaded, broken off, stalled or unreadable.
+        """
+        ...
+
+    async def is_alive(self) -> bool:
+        """Whether the engine answers at all."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
