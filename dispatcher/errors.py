@@ -7,6 +7,7 @@
     |   +-- StoreFull            Redis answered that it is at maxmemory
     +-- StoreRefused             Redis answered with an error that trying again won't mend
     +-- Deposed                  a newer leader exists: stop every act of leadership
+    +-- GenerationLost           Redis lost data or went back in time: recover from Kafka
     +-- Fenced                   this incarnation of a node was fenced: abort and register anew
     +-- LogUnavailable           Kafka did not answer: try again
     +-- LogRefused               Kafka answered that the request itself is wrong
@@ -43,6 +44,10 @@ class StoreRefused(FlexLBError):
 
 class Deposed(FlexLBError):
     """A newer leader exists."""
+
+
+class GenerationLost(FlexLBError):
+    """Redis lost data or went back in time."""
 
 
 class Fenced(FlexLBError):

@@ -6,6 +6,7 @@ simulation can hand in a log of its own with the same semantics.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import redis.asyncio
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -20,6 +22,7 @@ from dispatcher.backends.scripts import Redis
 
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
+CLOSE_TIMEOUT_S = 5.0
 
 
 def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connections: int = 64) -> Redis:
@@ -34,6 +37,15 @@ def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connectio
         retry=Retry(NoBackoff(), 1),
         retry_on_error=[],
     )
+
+
+async def close_kafka_client(client: Any) -> None:
+    """Close a producer or consumer; one that can't say goodbye is left to time out at the broker."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.stop()
+    except (KafkaError, OSError, TimeoutError, RuntimeError):
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)

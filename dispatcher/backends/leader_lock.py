@@ -7,7 +7,6 @@ request was sent, a leader stops when in doubt.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,16 +53,15 @@ class LeaderLock:
         self._ttl_ms = int(ttl_s * 1000)
         self._clock = clock
 
-    async def acquire(
-        self, *, depose: str = "", new_owner: Callable[[], str] = lambda: uuid.uuid4().hex
-    ) -> Lease | Held:
-        """Try once. `depose` names the token of a leader that stood still for three TTLs.
+    async def acquire(self, owner: str, *, depose: str = "") -> Lease | Held:
+        """Try once. `owner` is new for each lease and repeated for each try; `depose` names the token of
+        a leader that stood still for three TTLs.
 
         Raises:
             StoreUnavailable: Redis did not answer.
         """
         sent = self._clock()
-        got, token, *rest = await self._runner.run("acquire", self._keys, [new_owner(), self._ttl_ms, depose])
+        got, token, *rest = await self._runner.run("acquire", self._keys, [owner, self._ttl_ms, depose])
         if got:
             return Lease(token.decode(), until=sent + self._ttl_ms / 1000, clock=self._clock)
         return Held(token=token.decode(), renewals=int(rest[0]))

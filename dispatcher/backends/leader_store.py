@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -79,15 +80,15 @@ class LeaderStore:
         self.names = names
         self.lease = lease
 
-    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[bytes]:
+    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[Any]:
         self.lease.check()
-        answer: list[bytes] = await self._runner.run(name, keys, [self.lease.token, *arguments])
+        answer: list[Any] = await self._runner.run(name, keys, [self.lease.token, *arguments])
         return answer
 
     async def assign(
         self, items: Sequence[AssignItem], marks: Mapping[str, int], *, now_iso: str
-    ) -> list[str]:
-        """Bind `items` and advance *assigned* marks; answers as in assign.lua."""
+    ) -> tuple[int, list[str]]:
+        """Bind `items` and advance *assigned* marks: the generation's counter, answers as in assign.lua."""
         names = self.names
         arguments: list[Argument] = [
             names.prefix,
@@ -116,7 +117,8 @@ class LeaderStore:
                 item.envelope,
             )
         keys = (names.epoch, names.generation, names.marks, names.pending)
-        return [answer.decode() for answer in await self._run("assign", keys, arguments)]
+        counter, answers = await self._run("assign", keys, arguments)
+        return int(counter), [answer.decode() for answer in answers]
 
     async def close(self, items: Sequence[CloseItem]) -> list[str]:
         """Decide endings; answers as in close.lua."""
@@ -211,6 +213,13 @@ class LeaderStore:
             names.settled,
         )
         await self._run("begin_generation", keys, arguments)
+
+    async def remember(self, identities: Mapping[str, str]) -> None:
+        """Note whose (tenant, id) is whose, by identity key: `<ref>|<fingerprint>`; known ones stay."""
+        arguments: list[Argument] = [IDENTITY_WINDOW_MS]
+        for key, owner in identities.items():
+            arguments += (key, owner)
+        await self._run("remember", (self.names.epoch,), arguments)
 
     async def adopt(
         self, node: str, incarnation: str, items: Sequence[AdoptItem], *, lease_s: float, now_iso: str

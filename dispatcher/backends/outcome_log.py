@@ -7,6 +7,7 @@ that a leader that finds Redis empty knows what not to run again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
-from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.connect import KafkaClients, close_kafka_client
 from dispatcher.backends.request_log import partitions_of, source_of
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol import codec
@@ -23,6 +24,7 @@ from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import OutcomeHead
 
 TRANSACTION_TIMEOUT_MS = 30_000
+START_TIMEOUT_S = 30.0
 
 
 class CommitNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -76,13 +78,18 @@ class OutcomeLog:
     async def start(self) -> None:
         """Connect; from here on an older leader's producer is fenced by the broker."""
         try:
-            await self._producer.start()
-        except (KafkaError, OSError) as error:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._producer.start()
+                # The client asks for its producer epoch, which fences the old one, only when a
+                # transaction begins; this one is empty.
+                await self._producer.begin_transaction()
+                await self._producer.abort_transaction()
+        except (KafkaError, OSError, TimeoutError) as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
 
     async def stop(self) -> None:
         """Close the connection."""
-        await self._producer.stop()
+        await close_kafka_client(self._producer)
 
     async def publish(
         self, records: Sequence[Publication], finished: Mapping[str, int], note: CommitNote
@@ -97,7 +104,7 @@ class OutcomeLog:
         names = self._names
         after: dict[int, int] = {}
         try:
-            async with self._producer.transaction():
+            async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1000), self._producer.transaction():
                 futures = []
                 for record in records:
                     if record.outcome:
@@ -118,7 +125,7 @@ class OutcomeLog:
                 for future in futures:
                     written = await future
                     after[written.partition] = max(after.get(written.partition, 0), written.offset + 1)
-        except (KafkaError, OSError, RuntimeError) as error:
+        except (KafkaError, OSError, TimeoutError, RuntimeError) as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
         return after
 
@@ -150,10 +157,12 @@ def _decode_note(metadata: str | bytes | None) -> CommitNote:
 
 
 async def read_outcomes(
-    kafka: KafkaClients, names: Names, since: Mapping[int, int]
+    kafka: KafkaClients, names: Names, since: Mapping[int, int], *, since_ms: int | None = None
 ) -> tuple[list[OutcomeHead], dict[int, int]]:
     """Read committed outcomes from `since` (by partition; from the log's start where absent) to the end.
 
+    Args:
+        since_ms: begin no later than the first record of this epoch time.
     Returns:
         The heads, and the end position by partition.
     """
@@ -167,8 +176,12 @@ async def read_outcomes(
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions)
+        by_time = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms)) if since_ms else {}
         for tp in partitions:
-            consumer.seek(tp, max(since.get(tp.partition, 0), starts[tp]))
+            begin = since.get(tp.partition, 0)
+            if since_ms and by_time.get(tp) is not None:
+                begin = min(begin, by_time[tp].offset)
+            consumer.seek(tp, max(begin, starts[tp]))
         while True:
             behind = [tp for tp in partitions if await consumer.position(tp) < ends[tp]]
             if not behind:
@@ -178,4 +191,4 @@ async def read_outcomes(
     except (KafkaError, OSError) as error:
         raise LogUnavailable(f"read outcomes: {error!r}") from error
     finally:
-        await consumer.stop()
+        await close_kafka_client(consumer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.connect import KafkaClients, close_kafka_client
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Lane, Names, Ref
 
@@ -66,11 +66,15 @@ class RequestLog:
 
     async def stop(self) -> None:
         """Close the connection."""
-        await self._consumer.stop()
+        await close_kafka_client(self._consumer)
 
     def sources(self) -> list[str]:
         """Every lane's partition, as named in marks."""
         return [source_of(lane, tp.partition) for tp, lane in self._lanes.items()]
+
+    async def partition_count(self, topic: str) -> int:
+        """How many partitions a topic has."""
+        return len(await partitions_of(self._consumer, topic))
 
     async def log_starts(self) -> dict[str, int]:
         """The first offset that each partition still has."""
@@ -166,7 +170,7 @@ class CancelLog:
 
     async def stop(self) -> None:
         """Close the connection."""
-        await self._consumer.stop()
+        await close_kafka_client(self._consumer)
 
     async def read(self, *, timeout_ms: int) -> list[bytes]:
         """The values of the next cancel records."""

@@ -61,7 +61,6 @@ class StoredLedger:
     marks: dict[str, int] = field(default_factory=dict)
     above: dict[str, list[int]] = field(default_factory=dict)
     settled: dict[int, int] = field(default_factory=dict)
-    nodes: list[StoredNode] = field(default_factory=list)
     jobs: list[StoredJob] = field(default_factory=list)
     closing_refs: list[str] = field(default_factory=list)
 
@@ -72,6 +71,10 @@ class StoreView:
     def __init__(self, client: Redis, names: Names) -> None:
         self._client = client
         self.names = names
+
+    async def close(self) -> None:
+        """Close the client's connections."""
+        await self._client.aclose()
 
     async def _ask(self, call: Awaitable[Any], doing: str) -> Any:
         try:
@@ -136,7 +139,7 @@ class StoreView:
         return found
 
     async def ledger(self) -> StoredLedger:
-        """Read every place of the pool: marks, nodes, jobs by node, pending, closing."""
+        """Read every place of the pool: marks, jobs by node, pending, closing."""
         names = self.names
         client = self._client
         ledger = StoredLedger()
@@ -147,26 +150,25 @@ class StoreView:
         for source in ledger.marks:
             members = await self._ask(client.zrange(names.above(source), 0, -1), "marks")
             ledger.above[source] = [int(member) for member in members]
-        ledger.nodes = await self.nodes(await self.node_names())
-        await self._read_jobs(ledger)
+        await self._read_jobs(ledger, await self.node_names())
         await self._read_pending(ledger)
         entries = await self._ask(client.xrange(names.closing), "closing")
         ledger.closing_refs = [fields[b"ref"].decode() for _, fields in entries]
         return ledger
 
-    async def _read_jobs(self, ledger: StoredLedger) -> None:
-        for node in ledger.nodes:
+    async def _read_jobs(self, ledger: StoredLedger, nodes: Iterable[str]) -> None:
+        for node in nodes:
             pipe = self._client.pipeline(transaction=False)
-            pipe.lrange(self.names.queue_key(node.node), 0, -1)
-            pipe.lrange(self.names.intermediate(node.node), 0, -1)
-            pipe.zrange(self.names.claimed(node.node), 0, -1)
+            pipe.lrange(self.names.queue_key(node), 0, -1)
+            pipe.lrange(self.names.intermediate(node), 0, -1)
+            pipe.zrange(self.names.claimed(node), 0, -1)
             queued, delivering, claimed = await self._ask(pipe.execute(), "jobs")
             ids = [*queued, *delivering, *claimed]
             fields = await self._job_fields([self.names.job(job.decode()) for job in ids])
             for index, (job, stored) in enumerate(zip(ids, fields, strict=True)):
                 if stored[0] is not None:
                     in_hand = index >= len(queued) + len(delivering)
-                    ledger.jobs.append(_stored_job(job.decode(), node.node, stored, claimed=in_hand))
+                    ledger.jobs.append(_stored_job(job.decode(), node, stored, claimed=in_hand))
 
     async def _read_pending(self, ledger: StoredLedger) -> None:
         pending = await self._ask(self._client.zrange(self.names.pending, 0, -1, withscores=True), "pending")

@@ -20,12 +20,17 @@ LOOKAHEAD_SHARE = 0.125
 
 @dataclass(kw_only=True)
 class NodeState:
-    """One node. `held` maps refs to the tokens they cost here."""
+    """One node. `held` maps refs to the tokens they cost here.
+
+    It is bound to only once the leader has entered it into the shared sets (`admitted`): a new leader
+    finds the work of exactly those.
+    """
 
     identity: NodeIdentity
     report: NodeReport | None = None
     last_heard_s: float = 0.0
     available: bool = True
+    admitted: bool = False
     held: dict[str, int] = field(default_factory=dict)
     held_tokens: int = 0
 
@@ -43,8 +48,9 @@ class NodeState:
     @property
     def is_eligible(self) -> bool:
         """Whether new work may go there at all."""
-        report = self.report
-        return self.available and not (report is not None and (report.draining or not report.engine_ok))
+        if not self.available or not self.admitted:
+            return False
+        return self.report is None or (self.report.engine_ok and not self.report.draining)
 
     def can_take(self, cost_tokens: int) -> bool:
         """Whether it has room now. An idle node may always try a request that fits its context."""

@@ -40,8 +40,9 @@ class SourceProgress:
         open_below: taken offsets below `next_read` that have no outcome yet.
         taken_above: offsets at or above `next_read` that are taken already: intake skips them.
         open_above: those of `taken_above` that have no outcome yet.
-        floor: offsets below this may have had their outcomes before this leader; their answers'
-            position is the one that the previous commit noted (transaction 0).
+
+    Answers published before this leader count as its transaction 0: their position is the one that the
+    previous commit noted.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class SourceProgress:
         self._untaken.add(offset)
         self._open.add(offset)
         return True
+
+    def is_open(self, offset: int) -> bool:
+        """Whether the request at `offset` has no published outcome yet, as far as this leader knows."""
+        return offset in self._open.members
 
     def take(self, offset: int) -> None:
         """Note that Redis has it."""

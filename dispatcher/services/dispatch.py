@@ -93,9 +93,10 @@ class Dispatch:
             )
         marks = {source: progress.assigned for source, progress in state.progress.items()}
         now_iso = state.clock.now_iso()
-        answers = await until_answered(
+        counter, answers = await until_answered(
             lambda: self._store.assign(items, marks, now_iso=now_iso), state.metrics
         )
+        state.note_counter(counter)
         state.metrics.assign_batch.observe(len(items))
         now_ms = state.clock.now_ms()
         for (waiting, node, _), answer in zip(chosen, answers, strict=True):

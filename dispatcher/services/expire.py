@@ -40,7 +40,7 @@ class Expire:
         now = state.clock.now_ms()
         later = []
         while state.deadlines and state.deadlines[0][0] <= now:
-            deadline, ref = heapq.heappop(state.deadlines)
+            _, ref = heapq.heappop(state.deadlines)
             envelope = state.envelope_of(ref)
             if envelope is None:
                 if ref in state.in_transit:

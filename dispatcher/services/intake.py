@@ -15,6 +15,7 @@ from dispatcher.protocol.names import Lane
 from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
 from dispatcher.scheduling.window import Waiting
+from dispatcher.services.cancels import doom_cancelled
 from dispatcher.services.close import Endings, reused_id_message
 from dispatcher.services.state import LeaderState
 
@@ -109,6 +110,8 @@ class Intake:
                     record, envelope
                 ):
                     state.enter(Waiting(ref=ref, envelope=envelope, data=data))
+                    if state.early_cancels.pop((envelope.tenant, envelope.id), None) is not None:
+                        doom_cancelled(self._endings, envelope)
 
     def _batch_limits(self) -> AdmissionLimits:
         limits = self._limits

@@ -79,7 +79,6 @@ class Publish:
         *,
         positions: Mapping[int, int],
         floor: Mapping[str, int],
-        generation: str,
         committed: Mapping[str, int],
     ) -> None:
         self._state = state
@@ -89,7 +88,6 @@ class Publish:
         self._positions = dict(positions)
         self._starts: dict[int, dict[str, int]] = {0: dict(floor)}
         self._transaction = 0
-        self._generation = generation
         self._committed = dict(committed)
         self._committed_at = state.clock.monotonic()
 
@@ -194,7 +192,7 @@ class Publish:
         state = self._state
         fresh: dict[str, _Ending] = {}
         for ending in endings:
-            if str(ending.ref) not in state.published:
+            if state.progress_of(ending.ref).is_open(ending.ref.offset):
                 fresh.setdefault(str(ending.ref), ending)
         self._transaction += 1
         self._starts[self._transaction] = {str(p): offset for p, offset in self._positions.items()}
@@ -231,7 +229,8 @@ class Publish:
         note = CommitNote(
             positions=self._earliest_positions(),
             epoch=self._store.lease.epoch,
-            generation=self._generation,
+            generation=state.generation,
+            counter=state.counter,
         )
         began = state.clock.monotonic()
         after = await self._log.publish([ending.publication for ending in fresh.values()], finished, note)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.leader_store import LeaderStore
 from dispatcher.backends.store_view import StoredNode, StoreView
-from dispatcher.errors import StoreUnavailable
+from dispatcher.errors import GenerationLost, StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import FailureCause
@@ -27,6 +27,7 @@ READ_BLOCK_MS = 100
 READ_COUNT = 1000
 RESYNC_S = 5.0
 REAP_S = 2.0
+GENERATION_CHECK_S = 1.0
 
 
 class FleetMirror:
@@ -41,7 +42,7 @@ class FleetMirror:
         self._clock = clock
         self._metrics = metrics
         self._cursor: bytes | None = None
-        self._synced_at = 0.0
+        self._synced_at: float | None = None
 
     async def run(self) -> None:
         """Follow until cancelled (a standby's whole work)."""
@@ -67,7 +68,8 @@ class FleetMirror:
 
     async def _sync_when_due(self) -> None:
         now = self._clock.monotonic()
-        if self._cursor is not None and now - self._synced_at < RESYNC_S:
+        synced_at = self._synced_at
+        if self._cursor is not None and synced_at is not None and now - synced_at < RESYNC_S:
             return
         newest = await self._view.last_id(self._view.names.reports)
         names = set(await self._view.node_names()) | set(self.fleet.nodes)
@@ -110,6 +112,14 @@ class FleetMirror:
         except codec.MalformedRecord:
             self._metrics.foreign.inc()
 
+    def resync(self) -> None:
+        """Compare with Redis at the next step, whenever the last time was."""
+        self._synced_at = None
+
+    def rewind(self) -> None:
+        """Read the reports stream from its start: after a loss of data every node registers anew."""
+        self._cursor = b"0-0"
+
     def forgive(self) -> None:
         """Restart every node's window of silence: a new leader has heard nobody yet."""
         for node in self.fleet.nodes.values():
@@ -137,6 +147,7 @@ class Guard:
         self._lease_s = claim_lease_s
         self._warned: set[str] = set()
         self._reaped_at = 0.0
+        self._checked_at = 0.0
 
     async def run(self) -> None:
         """Follow and act until cancelled."""
@@ -161,6 +172,7 @@ class Guard:
             state.metrics.fenced.inc()
             await self.fence(name, FailureCause.NODE_LOST)
         await self._reap()
+        await self._check_generation()
         state.metrics.nodes.labels("available").set(len(heard))
         state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
         state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
@@ -170,6 +182,7 @@ class Guard:
         incarnation = node.identity.incarnation
         await until_answered(lambda: self._store.admit(name), self._state.metrics)
         await self._requeue(name, "others", incarnation, FailureCause.NODE_LOST)
+        node.admitted = True
         self._state.log.info("node admitted", node=name, incarnation=incarnation)
 
     async def fence(self, name: str, cause: FailureCause) -> None:
@@ -183,6 +196,19 @@ class Guard:
         self._state.log.warning(
             "node fenced", node=name, incarnation=incarnation, cause=cause.value, moved=moved
         )
+
+    async def _check_generation(self) -> None:
+        now_s = self._state.clock.monotonic()
+        if now_s - self._checked_at < GENERATION_CHECK_S:
+            return
+        self._checked_at = now_s
+        counter = self._state.counter
+        found = await until_answered(self._view.generation, self._state.metrics)
+        if found is None or found[0] != self._state.generation or found[1] < counter:
+            raise GenerationLost(
+                f"Redis lost data: expected generation {self._state.generation} at {counter} or more, "
+                f"seen {found}; recovering from Kafka"
+            )
 
     async def _reap(self) -> None:
         now_s = self._mirror.healthy.now_s

@@ -8,7 +8,10 @@
 -- that missed the last lock. Tokens are compared whole, '<epoch>:<owner>'.
 local holder = redis.call('GET', KEYS[1])
 if holder then
-  if string.match(holder, '^%d+:(.*)$') == ARGV[1] then return {1, holder} end
+  if string.match(holder, '^%d+:(.*)$') == ARGV[1] then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    return {1, holder}
+  end
   if holder ~= ARGV[3] then return {0, holder, redis.call('GET', KEYS[3]) or '0'} end
 end
 local time = redis.call('TIME')

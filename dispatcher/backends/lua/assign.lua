@@ -5,7 +5,7 @@
 --       m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
 --            identity key, fingerprint, data, envelope)
--- Returns one answer per item:
+-- Returns {the generation's counter, one answer per item}:
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
 --   'gone'                the node is fenced or has another incarnation: choose again
@@ -73,5 +73,4 @@ for i = 1, marks do
     redis.call('ZREMRANGEBYSCORE', prefix .. 'above:' .. source, '-inf', '(' .. low)
   end
 end
-redis.call('HINCRBY', KEYS[2], 'counter', 1)
-return answers
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}

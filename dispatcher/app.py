@@ -1,0 +1,201 @@
+"""The dispatcher, put together: read top to bottom, this is the system diagram of one process.
+
+Everything that touches the outside (Redis, Kafka, clocks, chance) comes in as an argument, so that a
+simulation runs exactly this code in virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from dispatcher.backends.clock import Clock
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.leader_lock import LeaderLock, Lease
+from dispatcher.backends.leader_store import LeaderStore
+from dispatcher.backends.outcome_log import OutcomeLog
+from dispatcher.backends.request_log import CancelLog, RequestLog
+from dispatcher.backends.scripts import Redis, ScriptRunner
+from dispatcher.backends.store_view import StoreView
+from dispatcher.protocol.names import Lane, Names
+from dispatcher.scheduling.admission import AdmissionLimits
+from dispatcher.scheduling.policies import POLICIES
+from dispatcher.services.cancels import Cancels
+from dispatcher.services.close import Endings
+from dispatcher.services.dispatch import Dispatch
+from dispatcher.services.election import Election
+from dispatcher.services.expire import Expire
+from dispatcher.services.intake import Intake
+from dispatcher.services.publish import Publish
+from dispatcher.services.recover import LastSeen, Recovery
+from dispatcher.services.state import LeaderState
+from dispatcher.services.watch import FleetMirror, Guard
+from dispatcher.settings import DispatcherSettings
+from dispatcher.telemetry.logging import Log
+from dispatcher.telemetry.metrics import DispatcherMetrics
+
+
+class Dispatcher:
+    """One dispatcher of one pool: a standby that may lead.
+
+    Args:
+        redis: makes a client; several are used, so that no call waits behind a blocking read.
+        scripts: Lua sources that replace the shipped ones, by name (for tests).
+    """
+
+    def __init__(
+        self,
+        settings: DispatcherSettings,
+        *,
+        redis: Callable[[], Redis],
+        kafka: KafkaClients,
+        clock: Clock,
+        new_id: Callable[[], str],
+        rng: random.Random,
+        registry: CollectorRegistry,
+        log: Log,
+        scripts: dict[str, str] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._kafka = kafka
+        self._clock = clock
+        self._new_id = new_id
+        self._rng = rng
+        self._log = log
+        self._names = Names(settings.pool)
+        self.metrics = DispatcherMetrics(registry)
+        self._clients = [redis(), redis(), redis()]
+        commands, streams, lease = self._clients
+        self._runner = ScriptRunner(commands, scripts)
+        self._view = StoreView(streams, self._names)
+        self.mirror = FleetMirror(self._view, clock, self.metrics)
+        lock = LeaderLock(
+            ScriptRunner(lease, scripts), self._names, ttl_s=settings.leader_ttl_s, clock=clock.monotonic
+        )
+        self.election = Election(
+            lock,
+            self.mirror,
+            self._lead,
+            self._close,
+            ttl_s=settings.leader_ttl_s,
+            new_id=new_id,
+            clock=clock,
+            rng=rng,
+            metrics=self.metrics,
+            log=log,
+        )
+        self._last_seen = LastSeen()
+        self._open: list[RequestLog | OutcomeLog] = []
+        self.state: LeaderState | None = None
+
+    async def run(self) -> None:
+        """Stand by and lead until cancelled."""
+        try:
+            await self.election.run()
+        finally:
+            for client in self._clients:
+                await client.aclose()
+
+    def health(self) -> dict[str, object]:
+        """What `/health` says."""
+        state = self.state
+        return {
+            "ok": True,
+            "pool": self._names.pool,
+            "leading": self.election.leading,
+            "nodes": sum(node.available for node in self.mirror.fleet.nodes.values()),
+            "waiting": len(state.window) if state is not None else 0,
+            "bound": len(state.bound) if state is not None else 0,
+        }
+
+    async def _lead(self, lease: Lease) -> None:
+        """One session of leadership; ends by an exception only."""
+        settings, names = self._settings, self._names
+        requests = RequestLog(self._kafka, names)
+        outcomes = OutcomeLog(self._kafka, names)
+        store = LeaderStore(self._runner, names, lease)
+        state = LeaderState(
+            names=names,
+            fleet=self.mirror.fleet,
+            clock=self._clock,
+            rng=self._rng,
+            metrics=self.metrics,
+            log=self._log,
+        )
+        self.state = state
+        self._open = [requests, outcomes]
+        try:
+            await outcomes.start()
+            await requests.start()
+            recovery = Recovery(
+                state,
+                store,
+                self._view,
+                self.mirror,
+                outcomes,
+                requests,
+                self._kafka,
+                new_id=self._new_id,
+                inventory_wait_s=settings.heartbeat_ttl_s,
+                claim_lease_s=settings.claim_lease_s,
+            )
+            recovered = await recovery.recover(self._last_seen)
+            endings = Endings(state, store)
+            intake = Intake(
+                state,
+                requests,
+                endings,
+                limits=await self._limits(requests),
+                window_requests=settings.window_requests,
+                window_bytes=settings.window_bytes,
+                carried_bytes=settings.carried_bytes,
+                span_limit=settings.span_limit,
+            )
+            dispatch = Dispatch(
+                state, store, endings, policy=POLICIES[settings.policy], batch=settings.assign_batch
+            )
+            guard = Guard(
+                state,
+                store,
+                self._view,
+                self.mirror,
+                heartbeat_ttl_s=settings.heartbeat_ttl_s,
+                claim_lease_s=settings.claim_lease_s,
+            )
+            publish = Publish(
+                state,
+                store,
+                self._view,
+                outcomes,
+                positions=recovered.positions,
+                floor=recovered.floor,
+                committed=recovered.committed,
+            )
+            expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
+            cancels = Cancels(state, CancelLog(self._kafka, names), endings)
+            async with asyncio.TaskGroup() as group:
+                for service in (guard, endings, publish, cancels, expire, dispatch, intake):
+                    group.create_task(service.run(), name=type(service).__name__)
+        finally:
+            self._last_seen = LastSeen(generation=state.generation, counter=state.counter)
+            self.state = None
+
+    async def _close(self) -> None:
+        """Close the Kafka clients of a session that ended."""
+        logs, self._open = self._open, []
+        for log in logs:
+            await log.stop()
+
+    async def _limits(self, requests: RequestLog) -> AdmissionLimits:
+        settings, names = self._settings, self._names
+        return AdmissionLimits(
+            max_record_bytes=settings.max_record_bytes,
+            default_deadline_ms=int(settings.default_deadline_s * 1000),
+            max_deadline_ms=int(settings.max_deadline_s * 1000),
+            request_topic=names.requests(Lane.INTERACTIVE),
+            bodies_topic=names.bodies,
+            reply_topics={names.replies: await requests.partition_count(names.replies)},
+        )

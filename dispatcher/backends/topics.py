@@ -1,0 +1,54 @@
+"""Create a pool's topics, and check those that exist."""
+
+from __future__ import annotations
+
+from aiokafka.admin import NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.errors import LogRefused, LogUnavailable
+from dispatcher.protocol.names import Names
+
+MAX_RECORD_BYTES = 16 << 20
+WEEK_MS = 7 * 24 * 3_600_000
+BODIES_MS = 2 * 24 * 3_600_000
+
+
+async def create_topics(
+    kafka: KafkaClients, names: Names, *, partitions: int, replication_factor: int
+) -> list[str]:
+    """Create the pool's topics that do not exist yet.
+
+    Returns:
+        The topics created; existing ones are left as they are.
+    Raises:
+        LogUnavailable: the broker did not answer.
+        LogRefused: it refused, e.g. a replication factor above the number of brokers.
+    """
+    admin = kafka.admin()
+    created = []
+    try:
+        await admin.start()
+        for topic in names.topics:
+            new = NewTopic(
+                name=topic,
+                num_partitions=partitions,
+                replication_factor=replication_factor,
+                topic_configs={
+                    "max.message.bytes": str(MAX_RECORD_BYTES),
+                    "retention.ms": str(BODIES_MS if topic in {names.replies, names.cancels} else WEEK_MS),
+                    "message.timestamp.type": "LogAppendTime",
+                },
+            )
+            response = await admin.create_topics([new])
+            for name, code, *rest in response.topic_errors:
+                if code == 0:
+                    created.append(name)
+                elif for_code(code) is not TopicAlreadyExistsError:
+                    reason = rest[0] if rest and rest[0] else for_code(code).__name__
+                    raise LogRefused(f"topic {name}: Kafka refused to create it: {reason}")
+    except (KafkaError, OSError) as error:
+        raise LogUnavailable(f"create topics: {error!r}") from error
+    finally:
+        await admin.close()
+    return created

@@ -1,0 +1,316 @@
+"""Recover: what a new leader does before it acts, so that nothing is lost and nothing said twice.
+
+While Redis is intact its places are the truth, and reading goes on from the *assigned* marks. When
+Redis lost data or went back in time, Kafka is the truth: reading goes on from the *finished* marks,
+`outcomes` tells what above them is finished, and what agents still run is adopted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.leader_store import AdoptItem, LeaderStore
+from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, read_outcomes
+from dispatcher.backends.request_log import RequestLog
+from dispatcher.backends.store_view import StoredJob, StoreView
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import JobId, Ref
+from dispatcher.protocol.outcome import FailureCause, OutcomeHead, Reason
+from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.persist import until_answered
+from dispatcher.services.state import Bound, LeaderState
+from dispatcher.services.watch import FleetMirror
+
+IDENTITY_WINDOW_MS = 600_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastSeen:
+    """The Redis generation as this process saw it last, which a commit may not tell yet."""
+
+    generation: str = ""
+    counter: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """Where publishing goes on: the end of `outcomes`, where older answers begin, what is committed."""
+
+    positions: Mapping[int, int]
+    floor: Mapping[str, int]
+    committed: Mapping[str, int]
+    data_lost: bool
+
+
+class Recovery:
+    """Brings a new leader's state up to date."""
+
+    def __init__(
+        self,
+        state: LeaderState,
+        store: LeaderStore,
+        view: StoreView,
+        mirror: FleetMirror,
+        outcomes: OutcomeLog,
+        requests: RequestLog,
+        kafka: KafkaClients,
+        *,
+        new_id: Callable[[], str],
+        inventory_wait_s: float,
+        claim_lease_s: float,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._view = view
+        self._mirror = mirror
+        self._outcomes = outcomes
+        self._requests = requests
+        self._kafka = kafka
+        self._new_id = new_id
+        self._inventory_wait_s = inventory_wait_s
+        self._claim_lease_s = claim_lease_s
+
+    async def recover(self, last_seen: LastSeen) -> Recovered:
+        """Fill the leader's state and position the request log; commits the marks with a fresh note."""
+        state = self._state
+        finished = await self._outcomes.committed()
+        marks = await self._finished_marks(finished)
+        floor = _floor(finished.values())
+        await self._forget_old_session()
+        stored = await until_answered(self._view.generation, state.metrics)
+        intact = stored is not None and _is_intact(stored, finished.values(), last_seen)
+        if stored is not None and intact:
+            state.generation, state.counter = stored
+            positions = await self._load(marks, floor)
+        else:
+            positions = await self._rebuild(marks, floor, fresh=not finished)
+        self._requests.seek({source: progress.next_read for source, progress in state.progress.items()})
+        committed = {source: progress.finished for source, progress in state.progress.items()}
+        note = CommitNote(
+            positions=floor,
+            epoch=self._store.lease.epoch,
+            generation=state.generation,
+            counter=state.counter,
+        )
+        self._store.lease.check()
+        await self._outcomes.publish([], committed, note)
+        state.log.info(
+            "recovered",
+            intact=intact,
+            generation=state.generation,
+            bound=len(state.bound),
+            pending=len(state.window) + len(state.delayed()),
+            read_from={source: progress.next_read for source, progress in state.progress.items()},
+        )
+        return Recovered(positions=positions, floor=floor, committed=committed, data_lost=not intact)
+
+    async def _finished_marks(self, finished: Mapping[str, Finished]) -> dict[str, int]:
+        marks = {}
+        for source, start in (await self._requests.log_starts()).items():
+            mark = finished[source].offset if source in finished else start
+            if mark < start:
+                self._alarm_lost(source, mark, start)
+            marks[source] = max(mark, start)
+        return marks
+
+    def _alarm_lost(self, source: str, mark: int, start: int) -> None:
+        self._state.metrics.lost_to_retention.labels(source).set(start - mark)
+        self._state.log.error(
+            "lost_to_retention",
+            source=source,
+            unfinished_from=mark,
+            log_starts_at=start,
+            records=start - mark,
+        )
+
+    async def _forget_old_session(self) -> None:
+        """Drop what an earlier session of this process left in the mirror, which outlives sessions."""
+        mirror = self._mirror
+        for node in mirror.fleet.nodes.values():
+            node.held, node.held_tokens, node.admitted = {}, 0, False
+        mirror.resync()
+        await mirror.step()
+        mirror.changed = {node.name for node in mirror.fleet.nodes.values() if node.available}
+        mirror.left = set()
+        mirror.forgive()
+
+    async def _load(self, marks: Mapping[str, int], floor: Mapping[str, int]) -> dict[int, int]:
+        """Take over from an intact Redis."""
+        await self._fence_forgotten_nodes()
+        state = self._state
+        ledger = await until_answered(self._view.ledger, state.metrics)
+        since = {int(partition): offset for partition, offset in floor.items()} | ledger.settled
+        heads, ends = await read_outcomes(self._kafka, state.names, since)
+        published = {head.ref for head in heads}
+        unfinished = {job.ref for job in ledger.jobs} | set(ledger.closing_refs)
+        open_refs = [Ref.parse(ref) for ref in unfinished - published]
+        starts = await self._requests.log_starts()
+        for source, mark in marks.items():
+            at = max(ledger.marks.get(source, mark), mark)
+            if at < starts[source]:
+                self._alarm_lost(source, at, starts[source])
+                at = starts[source]
+            taken_above = [offset for offset in ledger.above.get(source, []) if offset >= at]
+            offsets = [ref.offset for ref in open_refs if ref.source == source]
+            state.progress[source] = SourceProgress(
+                next_read=at,
+                open_below=[offset for offset in offsets if offset < at],
+                taken_above=taken_above,
+                open_above=[offset for offset in offsets if offset >= at],
+            )
+        for job in ledger.jobs:
+            self._restore(job)
+        return ends
+
+    async def _fence_forgotten_nodes(self) -> None:
+        """Take back the work of nodes of which Redis keeps nothing else any more."""
+        for name in await until_answered(self._view.node_names, self._state.metrics):
+            if name not in self._mirror.fleet.nodes:
+                await until_answered(
+                    lambda node=name: self._store.requeue(  # type: ignore[misc]
+                        node, "fence", "forgotten", FailureCause.NODE_LOST.value
+                    ),
+                    self._state.metrics,
+                )
+
+    def _restore(self, job: StoredJob) -> None:
+        state = self._state
+        envelope = codec.envelopes.decode(job.envelope)
+        if job.job:
+            bound = Bound(
+                envelope=envelope, job=JobId.parse(job.job), failures=job.failures, excluded=job.excluded
+            )
+            state.bind(job.ref, bound)
+            return
+        waiting = Waiting(
+            ref=Ref.parse(job.ref),
+            envelope=envelope,
+            from_pending=True,
+            failures=job.failures,
+            excluded=job.excluded,
+        )
+        state.delay(waiting, job.not_before_ms)
+
+    async def _rebuild(
+        self, marks: Mapping[str, int], floor: Mapping[str, int], *, fresh: bool
+    ) -> dict[int, int]:
+        """Begin a new generation from Kafka."""
+        state = self._state
+        since = {int(partition): offset for partition, offset in floor.items()}
+        since_ms = state.clock.now_ms() - IDENTITY_WINDOW_MS
+        heads, ends = await read_outcomes(self._kafka, state.names, since, since_ms=since_ms)
+        finished_above = _finished_above(heads, marks)
+        state.generation, state.counter = self._new_id(), 0
+        await until_answered(
+            lambda: self._store.begin_generation(
+                state.generation, marks, {source: sorted(taken) for source, taken in finished_above.items()}
+            ),
+            state.metrics,
+        )
+        state.metrics.generations.inc()
+        await self._remember(heads)
+        adopted = {} if fresh else await self._adopt(marks, finished_above)
+        for source, mark in marks.items():
+            mine = [ref.offset for ref in adopted if ref.source == source]
+            state.progress[source] = SourceProgress(
+                next_read=mark, taken_above=[*finished_above[source], *mine], open_above=mine
+            )
+        for ref, bound in adopted.items():
+            state.bind(str(ref), bound)
+        return ends
+
+    async def _remember(self, heads: list[OutcomeHead]) -> None:
+        names = self._state.names
+        owners = {
+            names.identity(head.tenant, head.id): f"{head.ref}|{head.fingerprint}"
+            for head in heads
+            if head.fingerprint and head.reason is not Reason.ID_IN_USE
+        }
+        pairs = list(owners.items())
+        for start in range(0, len(pairs), 500):
+            part = dict(pairs[start : start + 500])
+            await until_answered(lambda part=part: self._store.remember(part), self._state.metrics)  # type: ignore[misc]
+
+    async def _adopt(
+        self, marks: Mapping[str, int], finished_above: Mapping[str, set[int]]
+    ) -> dict[Ref, Bound]:
+        """Wait one heartbeat for the inventories of agents, and keep what they still run."""
+        state, mirror = self._state, self._mirror
+        mirror.rewind()
+        until = state.clock.monotonic() + self._inventory_wait_s
+        while state.clock.monotonic() < until:
+            await mirror.step()
+            self._store.lease.check()
+        adopted: dict[Ref, Bound] = {}
+        for stored in await until_answered(lambda: self._view.nodes(mirror.fleet.nodes), state.metrics):
+            if not stored.alive or stored.fenced == stored.incarnation:
+                continue
+            await until_answered(lambda node=stored.node: self._store.admit(node), state.metrics)  # type: ignore[misc]
+            held = await until_answered(
+                lambda node=stored.node: self._store.held_inventory(node),  # type: ignore[misc]
+                state.metrics,
+            )
+            claims = []
+            for text, (encoded, data) in held.items():
+                job = JobId.parse(text)
+                known = job.ref.source in marks and job.ref.offset >= marks[job.ref.source]
+                if known and job.ref.offset not in finished_above[job.ref.source] and job.ref not in adopted:
+                    claims.append((job, codec.envelopes.decode(encoded), encoded, data))
+            items = [
+                AdoptItem(
+                    job=job,
+                    cost_tokens=envelope.cost_tokens,
+                    identity=state.names.identity(envelope.tenant, envelope.id),
+                    fingerprint=envelope.fingerprint,
+                    envelope=encoded,
+                    data=data,
+                )
+                for job, envelope, encoded, data in claims
+            ]
+            if not items:
+                continue
+            answers = await until_answered(
+                lambda stored=stored, items=items: self._store.adopt(  # type: ignore[misc]
+                    stored.node,
+                    stored.incarnation,
+                    items,
+                    lease_s=self._claim_lease_s,
+                    now_iso=state.clock.now_iso(),
+                ),
+                state.metrics,
+            )
+            for (job, envelope, _, _), answer in zip(claims, answers, strict=True):
+                if answer == "ok":
+                    adopted[job.ref] = Bound(envelope=envelope, job=job, failures=0, excluded=())
+        state.metrics.adopted.inc(len(adopted))
+        return adopted
+
+
+def _floor(finished: Iterable[Finished]) -> dict[str, int]:
+    """Where in `outcomes` the answers of all requests above their marks begin."""
+    floor: dict[str, int] = {}
+    for mark in finished:
+        for partition, offset in mark.note.positions.items():
+            floor[partition] = min(offset, floor.get(partition, offset))
+    return floor
+
+
+def _is_intact(stored: tuple[str, int], finished: Iterable[Finished], last_seen: LastSeen) -> bool:
+    """Whether Redis is the data set of the newest commit and has not gone back in time."""
+    generation, counter = stored
+    newest = max((mark.note for mark in finished), key=lambda note: (note.epoch, note.counter), default=None)
+    if newest is None or newest.generation != generation or counter < newest.counter:
+        return False
+    return last_seen.generation != generation or counter >= last_seen.counter
+
+
+def _finished_above(heads: list[OutcomeHead], marks: Mapping[str, int]) -> dict[str, set[int]]:
+    finished: dict[str, set[int]] = {source: set() for source in marks}
+    for head in heads:
+        ref = Ref.parse(head.ref)
+        if ref.source in marks and ref.offset >= marks[ref.source]:
+            finished[ref.source].add(ref.offset)
+    return finished
