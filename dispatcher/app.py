@@ -148,7 +148,7 @@ class Dispatcher:
                 state,
                 requests,
                 endings,
-                limits=await self._limits(requests),
+                limits=self._limits(requests),
                 window_requests=settings.window_requests,
                 window_bytes=settings.window_bytes,
                 carried_bytes=settings.carried_bytes,
@@ -189,7 +189,7 @@ class Dispatcher:
         for log in logs:
             await log.stop()
 
-    async def _limits(self, requests: RequestLog) -> AdmissionLimits:
+    def _limits(self, requests: RequestLog) -> AdmissionLimits:
         settings, names = self._settings, self._names
         return AdmissionLimits(
             max_record_bytes=settings.max_record_bytes,
@@ -197,5 +197,5 @@ class Dispatcher:
             max_deadline_ms=int(settings.max_deadline_s * 1000),
             request_topic=names.requests(Lane.INTERACTIVE),
             bodies_topic=names.bodies,
-            reply_topics={names.replies: await requests.partition_count(names.replies)},
+            reply_topics={names.replies: requests.reply_partitions},
         )

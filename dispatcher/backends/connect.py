@@ -18,7 +18,9 @@ from aiokafka.errors import KafkaError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
+from dispatcher.errors import SettingsError
 
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
@@ -27,16 +29,21 @@ CLOSE_TIMEOUT_S = 5.0
 
 def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connections: int = 64) -> Redis:
     """Make a client; it connects on first use and reconnects by itself."""
-    return redis.asyncio.Redis.from_url(
-        url,
-        protocol=2,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        socket_keepalive=True,
-        max_connections=max_connections,
-        retry=Retry(NoBackoff(), 1),
-        retry_on_error=[],
-    )
+    try:
+        pool = make_pool(
+            url,
+            protocol=2,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            max_connections=max_connections,
+            retry=Retry(NoBackoff(), 1),
+            retry_on_error=[],
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"redis: expected a URL like redis://host:6379/0, seen {url!r}: {error}"
+        ) from None
+    return redis.asyncio.Redis.from_pool(pool)
 
 
 async def close_kafka_client(client: Any) -> None:

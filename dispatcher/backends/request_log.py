@@ -47,6 +47,7 @@ class RequestLog:
             auto_offset_reset="none",
         )
         self._lanes: dict[TopicPartition, Lane] = {}
+        self.reply_partitions = 0
 
     async def start(self) -> None:
         """Connect and assign every partition of both lanes.
@@ -56,6 +57,7 @@ class RequestLog:
         """
         try:
             await self._consumer.start()
+            self.reply_partitions = len(await partitions_of(self._consumer, self._names.replies))
             for lane in Lane:
                 topic = self._names.requests(lane)
                 for partition in await partitions_of(self._consumer, topic):
@@ -71,10 +73,6 @@ class RequestLog:
     def sources(self) -> list[str]:
         """Every lane's partition, as named in marks."""
         return [source_of(lane, tp.partition) for tp, lane in self._lanes.items()]
-
-    async def partition_count(self, topic: str) -> int:
-        """How many partitions a topic has."""
-        return len(await partitions_of(self._consumer, topic))
 
     async def log_starts(self) -> dict[str, int]:
         """The first offset that each partition still has."""

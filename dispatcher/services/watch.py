@@ -38,6 +38,7 @@ class FleetMirror:
         self.healthy = HealthyClock()
         self.changed: set[str] = set()
         self.left: set[str] = set()
+        self._unknown: set[str] = set()
         self._view = view
         self._clock = clock
         self._metrics = metrics
@@ -67,6 +68,9 @@ class FleetMirror:
             await asyncio.sleep(READ_BLOCK_MS / 1000)
 
     async def _sync_when_due(self) -> None:
+        if self._unknown:
+            unknown, self._unknown = self._unknown, set()
+            self.merge(await self._view.nodes(unknown))
         now = self._clock.monotonic()
         synced_at = self._synced_at
         if self._cursor is not None and synced_at is not None and now - synced_at < RESYNC_S:
@@ -104,7 +108,9 @@ class FleetMirror:
             elif kind == "report":
                 report = codec.reports.decode(body)
                 node = self.fleet.nodes.get(report.node)
-                if node is not None and node.identity.incarnation == report.incarnation:
+                if node is None or node.identity.incarnation != report.incarnation:
+                    self._unknown.add(report.node)
+                else:
                     node.report = report
                     node.last_heard_s = self.healthy.now_s
                     if report.left:

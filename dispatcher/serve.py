@@ -1,0 +1,92 @@
+"""The commands of a server: `flexlb dispatcher` runs one, `flexlb init` creates a pool's topics."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+import uuid
+
+from prometheus_client import CollectorRegistry
+
+from dispatcher.app import Dispatcher
+from dispatcher.backends.clock import Clock
+from dispatcher.backends.connect import connect_kafka, connect_redis
+from dispatcher.backends.topics import create_topics
+from dispatcher.errors import SettingsError
+from dispatcher.protocol.names import Names
+from dispatcher.settings import DispatcherSettings, add_settings_flags, read_settings
+from dispatcher.telemetry.logging import Log, configure_logging
+from dispatcher.telemetry.metrics import serve_metrics
+
+
+def configure_dispatcher(parser: argparse.ArgumentParser) -> None:
+    """Flags of `flexlb dispatcher`: one per setting."""
+    add_settings_flags(parser)
+
+
+async def run_dispatcher(options: argparse.Namespace) -> int:
+    """Run a dispatcher until SIGTERM or SIGINT; a leader then resigns at once."""
+    settings = read_settings(vars(options))
+    configure_logging(settings.log_level)
+    log = Log(process="dispatcher", pool=settings.pool, host=socket.gethostname(), pid=os.getpid())
+    registry = CollectorRegistry()
+    dispatcher = Dispatcher(
+        settings,
+        redis=lambda: connect_redis(settings.redis),
+        kafka=connect_kafka(settings.kafka),
+        clock=Clock(),
+        new_id=lambda: uuid.uuid4().hex,
+        rng=random.Random(settings.seed or None),
+        registry=registry,
+        log=log,
+    )
+    try:
+        page, port = await serve_metrics(
+            registry, settings.metrics_host, settings.metrics_port, dispatcher.health
+        )
+    except OSError as error:
+        raise SettingsError(
+            f"--metrics-port: expected a free port on {settings.metrics_host}, seen {settings.metrics_port}: "
+            f"{error.strerror or error}; choose another or 0 for any"
+        ) from None
+    log.info("dispatcher ready", metrics=f"http://{settings.metrics_host}:{port}/metrics")
+    running = asyncio.create_task(dispatcher.run())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    try:
+        await running
+    except asyncio.CancelledError:
+        log.info("dispatcher stopped")
+    finally:
+        await page.cleanup()
+    return 0
+
+
+def configure_init(parser: argparse.ArgumentParser) -> None:
+    """Flags of `flexlb init`."""
+    add_settings_flags(parser, only={"kafka", "pool", "topic_partitions", "topic_replication"})
+
+
+async def run_init(options: argparse.Namespace) -> int:
+    """Create the topics that do not exist yet."""
+    settings = read_settings(vars(options))
+    created = await create_pool_topics(settings)
+    for topic in Names(settings.pool).topics:
+        print(f"{topic}: {'created' if topic in created else 'exists'}", file=sys.stdout)
+    return 0
+
+
+async def create_pool_topics(settings: DispatcherSettings) -> list[str]:
+    """Create a pool's topics; returns those that did not exist."""
+    return await create_topics(
+        connect_kafka(settings.kafka),
+        Names(settings.pool),
+        partitions=settings.topic_partitions,
+        replication_factor=settings.topic_replication,
+    )
