@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
     from dispatcher.audit import configure_audit, run_audit
     from dispatcher.local.demo import configure_demo, run_demo
-    from dispatcher.local.stack import configure_up, run_up
+    from dispatcher.local.up import configure_up, run_up
     from dispatcher.replay.command import configure_replay, run_replay
     from dispatcher.serve import configure_dispatcher, configure_init, run_dispatcher, run_init
 

@@ -67,11 +67,11 @@ def provision() -> Path:
     Raises:
         ServerError: Java or Maven is missing or failed; carries the end of what it printed.
     """
+    if (why := why_unavailable()) is not None:
+        raise ServerError(f"Apache Kafka can't run here: {why}")
     home = _home()
     if home.is_dir():
         return home
-    if (why := why_unavailable()) is not None:
-        raise ServerError(f"Apache Kafka can't run here: {why}")
     home.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(home.with_suffix(".lock")):
         if home.is_dir():
@@ -145,16 +145,21 @@ class ApacheKafka:
             ServerError: Java or Maven is missing, port or folder in use, or it did not come up.
         """
         home = await asyncio.to_thread(provision)
-        java = _java()
-        if java is None:
-            raise ServerError(f"Apache Kafka can't run here: {why_unavailable()}")
         if not self._reserved:
             self._reserve()
         try:
             self._write_settings()
             self._take_empty_data(home / "empty")
             await self._process.start(
-                [java, *JVM_FLAGS, *LOG_FLAGS, "-cp", _classpath(home), "kafka.Kafka", "server.properties"],
+                [
+                    _java() or "java",
+                    *JVM_FLAGS,
+                    *LOG_FLAGS,
+                    "-cp",
+                    _classpath(home),
+                    "kafka.Kafka",
+                    "server.properties",
+                ],
                 ready=self._has_started,
                 timeout_s=START_TIMEOUT_S,
             )
@@ -271,7 +276,7 @@ def _format(home: Path) -> None:
     settings = home / "format.properties"
     settings.write_text(_settings(home / "empty", broker_port=9092, controller_port=9093))
     tool = ("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(settings))
-    _run("kafka.tools.StorageTool", [str(_java()), *LOG_FLAGS, "-cp", _classpath(home), *tool])
+    _run("kafka.tools.StorageTool", [_java() or "java", *LOG_FLAGS, "-cp", _classpath(home), *tool])
 
 
 def _run(name: str, argv: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ import asyncio
 import io
 import re
 from collections.abc import AsyncGenerator, Callable
-from typing import NoReturn
+from dataclasses import replace
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -40,6 +41,7 @@ SHOWN_CHARS = 500
 _OVERLOADED = frozenset({408, 425, 429, 503})
 _BROKEN_FINISHES = frozenset({"abort", "error"})
 _EMPTY = frozenset({b"null", b'""', b"[]", b"{}"})
+_LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -67,6 +69,7 @@ class _Event(Struct):
     """A chunk of a stream or a whole answer: they differ in `delta` and `message` only."""
 
     object: str | None = None
+    message: str | None = None
     choices: tuple[_Choice, ...] | None = None
     usage: _Usage | None = None
     error: Raw = Raw(b"null")
@@ -83,7 +86,7 @@ class _Models(Struct):
 _event = msgspec.json.Decoder(_Event)
 _models = msgspec.json.Decoder(_Models)
 _body = msgspec.json.Decoder(dict[str, Raw])
-_text = msgspec.json.Decoder(str | None)
+_content = msgspec.json.Decoder(str | None)
 _count = msgspec.json.Decoder(int | None)
 _elements = msgspec.json.Decoder(list[Raw])
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -117,10 +120,8 @@ def streaming_body(endpoint: Endpoint, body: bytes) -> tuple[bytes, int]:
 
 def _prompts(prompt: Raw | None) -> int:
     """Count prompts: a list of texts or of lists is several, a list of token ids is one."""
-    start = bytes(memoryview(prompt)[:64]).split() if prompt is not None else []
-    opening = b"".join(start)[:2]
-    if opening in {b'["', b"[["}:
-        return len(_elements.decode(prompt or b"[]"))
+    if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
+        return len(_elements.decode(prompt))
     return 1
 
 
@@ -129,7 +130,7 @@ class _Answer:
 
     def __init__(self, choices: int) -> None:
         self._choices = choices
-        self._open = set(range(choices))
+        self._finished: set[int] = set()
         self.tokens = 0
         self.usage: Usage | None = None
         self.is_done = False
@@ -137,27 +138,28 @@ class _Answer:
     @property
     def is_finished(self) -> bool:
         """Whether each choice has its finish reason."""
-        return not self._open
+        return len(self._finished) == self._choices
 
     def take(self, payload: bytes) -> Piece | None:
         """Read one event; None when it adds nothing.
 
         Raises:
-            EngineFailure: PROTOCOL, or ENGINE_ERROR when the engine reports one.
+            EngineFailure: PROTOCOL; ENGINE_ERROR when the engine reports one; TRUNCATED by an early `[DONE]`.
         """
         if self.is_done:
             return None
         if payload.strip() == b"[DONE]":
+            self.require_whole()
             self.is_done = True
             return None
         try:
             # As text first: a Raw is not checked for valid UTF-8 by its decoder.
-            event = _event.decode(payload.decode())
-            return self._piece(event)
+            return self._piece(_event.decode(payload.decode()))
         except _UNREADABLE as error:
             raise EngineFailure(
                 FailureCause.PROTOCOL,
-                f"answer: expected OpenAI JSON, seen {_shown(payload)!r} ({error}) after {self.tokens} tokens",
+                f"answer: expected OpenAI JSON, seen {len(payload)} other bytes ({error}) "
+                f"after {self.tokens} tokens",
             ) from None
 
     def take_whole(self, body: bytes) -> Piece:
@@ -169,21 +171,332 @@ class _Answer:
         piece = self.take(body)
         if piece is None:
             raise EngineFailure(
-                FailureCause.PROTOCOL, f"answer: expected choices, seen JSON without any: {_shown(body)!r}"
+                FailureCause.PROTOCOL, f"answer: expected choices, seen {len(body)} bytes of JSON without any"
             )
-        if self.usage is not None and self.usage.completion_tokens:
+        if self.usage is not None and self.usage.completion_tokens > 0:
             self.tokens = self.usage.completion_tokens
-            piece = msgspec.structs.replace(piece) if False else piece
+            piece = replace(piece, tokens=self.tokens)
         return piece
 
     def _piece(self, event: _Event) -> Piece | None:
         if event.object == "error" or bytes(event.error) != b"null":
-            # Always the engine's fault, whatever its code: vLLM reports its own death as 400 or 500.
+            said = event.message or _shown(bytes(event.error))
+            # An error is the engine's, whatever code it gives: vLLM reports its own death also as a 400.
             raise EngineFailure(
                 FailureCause.ENGINE_ERROR,
-                f"engine reported an error after {self.tokens} tokens: {_shown(bytes(event.error))}",
+                f"engine reported an error after {self.tokens} tokens: {said[:SHOWN_CHARS]}",
             )
+        if event.usage is not None:
+            self.usage = _usage(event.usage)
+        choices: list[ChoiceDelta] = []
+        finish_reasons: list[tuple[int, str]] = []
+        tokens = 0
+        for choice in event.choices or ():
+            if not 0 <= choice.index < self._choices:
+                raise EngineFailure(
+                    FailureCause.PROTOCOL,
+                    f"answer: expected choices 0 to {self._choices - 1}, seen index {choice.index}",
+                )
+            delta = _delta(choice)
+            if delta is not None:
+                choices.append(delta)
+                tokens += 1 if delta.token_ids is None else len(delta.token_ids)
+            if choice.finish_reason and choice.index not in self._finished:
+                self._finish(choice.index, choice.finish_reason)
+                finish_reasons.append((choice.index, choice.finish_reason))
+        if not choices and not finish_reasons:
+            return None
+        self.tokens += tokens
+        return Piece(choices=tuple(choices), tokens=tokens, finish_reasons=tuple(finish_reasons))
+
+    def _finish(self, index: int, reason: str) -> None:
+        if reason in _BROKEN_FINISHES:
+            raise EngineFailure(
+                FailureCause.ENGINE_ERROR,
+                f"engine gave up choice {index} with finish reason {reason!r}; nobody had asked it to",
+            )
+        self._finished.add(index)
+
+    def require_whole(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            EngineFailure: TRUNCATED, a choice has no finish reason.
+        """
+        if not self.is_finished:
+            raise EngineFailure(
+                FailureCause.TRUNCATED,
+                f"answer ended after {self.tokens} tokens: expected a finish reason for each of "
+                f"{self._choices} choices, seen {len(self._finished)}",
+            )
+
+
+def _delta(choice: _Choice) -> ChoiceDelta | None:
+    """What a choice gained; None when nothing."""
+    text = choice.text or ""
+    kept: dict[str, Raw] = {}
+    for fields in (choice.delta, choice.message):
+        for name, value in (fields or {}).items():
+            if name == "content":
+                text = _content.decode(value) or ""
+            elif name != "role" and bytes(value) not in _EMPTY:
+                kept[name] = value
+    if bytes(choice.logprobs) not in _EMPTY:
+        kept["logprobs"] = choice.logprobs
+    if not text and not kept and not choice.token_ids:
         return None
+    deltas = (Raw(msgspec.json.encode(kept)),) if kept else ()
+    return ChoiceDelta(index=choice.index, text=text, token_ids=choice.token_ids, deltas=deltas)
+
+
+def _usage(usage: _Usage) -> Usage:
+    details = usage.prompt_tokens_details
+    return Usage(
+        prompt_tokens=usage.prompt_tokens or 0,
+        completion_tokens=usage.completion_tokens or 0,
+        cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
+    )
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Make a session without a bound on connections: how much an engine is given is decided elsewhere."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+class OpenAIEngine:
+    """One OpenAI-compatible engine at `base_url` (with or without a final `/v1`)."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        connect_timeout_s: float = 2,
+        first_token_timeout_s: float = 600,
+        inter_token_timeout_s: float = 30,
+        new_session: Callable[[], aiohttp.ClientSession] = open_session,
+    ) -> None:
+        self._base_url = _base_url(base_url)
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
+        self._first_token_timeout_s = first_token_timeout_s
+        self._inter_token_timeout_s = inter_token_timeout_s
+        self._new_session = new_session
+        self._session: aiohttp.ClientSession | None = None
+
+    async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
+        """Run `body` at `work.endpoint`; see `Engine.stream`."""
+        loop = asyncio.get_running_loop()
+        body, choices = streaming_body(work.endpoint, body)
+        deadline = loop.time() + self._first_token_timeout_s
+        response = await self._post(work, body, deadline)
+        try:
+            if response.status != 200:
+                raise await _refusal(response)
+            answer = _Answer(choices)
+            if response.content_type != "text/event-stream":
+                yield answer.take_whole(await self._whole(response))
+            else:
+                parser = EventParser()
+                while data := await _read(response, answer, deadline):
+                    payloads = _parse(parser, data)
+                    for payload in payloads:
+                        piece = answer.take(payload)
+                        if piece is not None:
+                            yield piece
+                    if payloads:
+                        deadline = loop.time() + self._patience_s(answer)
+            answer.require_whole()
+            if answer.usage is not None:
+                yield Piece(usage=answer.usage)
+        finally:
+            response.close()
+
+    def _patience_s(self, answer: _Answer) -> float:
+        """How long the engine may now be silent. Only events count: a proxy's comments are no progress."""
+        if answer.is_done:
+            return AFTER_DONE_S
+        if answer.is_finished:
+            return min(AFTER_FINISH_S, self._inter_token_timeout_s)
+        return self._inter_token_timeout_s if answer.tokens else self._first_token_timeout_s
+
+    async def _post(self, work: Work, body: bytes, deadline: float) -> aiohttp.ClientResponse:
+        where = self._base_url + work.endpoint
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",
+            "X-Request-Id": _printable(work.id) or _printable(work.ref),
+        }
+        if _TRACEPARENT.fullmatch(work.traceparent):
+            headers["traceparent"] = work.traceparent
+        data = io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._connections().post(
+                    where, data=data, headers=headers, timeout=self._timeout, allow_redirects=False
+                )
+        except aiohttp.ServerTimeoutError as error:
+            raise EngineFailure(FailureCause.CONNECT, f"{where}: no connection in time ({error})") from None
+        except TimeoutError:
+            raise EngineFailure(
+                FailureCause.STALLED, f"{where}: no answer within {self._first_token_timeout_s} s"
+            ) from None
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            raise EngineFailure(
+                FailureCause.CONNECT, f"{where}: no answer, the connection failed ({error})"
+            ) from None
+        except aiohttp.ClientError as error:
+            raise EngineFailure(
+                FailureCause.PROTOCOL, f"{where}: expected an HTTP answer, seen {error}"
+            ) from None
+
+    async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
+        """Read an answer that is no stream, within a bound."""
+        if not response.content_type.endswith("json"):
+            raise EngineFailure(
+                FailureCause.PROTOCOL,
+                f"{response.url}: expected text/event-stream or JSON, seen {response.content_type}",
+            )
+        body = bytearray()
+        loop = asyncio.get_running_loop()
+        while data := await _read(response, None, loop.time() + self._inter_token_timeout_s):
+            body += data
+            if len(body) > MAX_WHOLE_ANSWER_BYTES:
+                raise EngineFailure(
+                    FailureCause.PROTOCOL,
+                    f"{response.url}: expected at most {MAX_WHOLE_ANSWER_BYTES} bytes of JSON, seen more",
+                )
+        return bytes(body)
+
+    async def is_alive(self) -> bool:
+        """Whether `/health` answers 200, or `/v1/models` where there is no `/health`."""
+        status = await self._status("/health")
+        if status == 404:
+            status = await self._status("/v1/models")
+        return status == 200
+
+    async def models(self) -> tuple[str, ...]:
+        """Ask which models are served.
+
+        Raises:
+            EngineFailure: no answer, or none that can be read.
+        """
+        where = self._base_url + "/v1/models"
+        try:
+            async with self._connections().get(where, timeout=_whole_call()) as response:
+                body = await response.content.read(LARGE_BODY_BYTES)
+                if response.status != 200:
+                    raise EngineFailure(
+                        _cause_of(response.status),
+                        f"{where}: expected 200, seen {response.status}: {_shown(body)}",
+                        http_status=response.status,
+                    )
+                return tuple(model.id for model in _models.decode(body.decode()).data)
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineFailure(FailureCause.CONNECT, f"{where}: no answer ({error!r})") from None
+        except _UNREADABLE as error:
+            raise EngineFailure(
+                FailureCause.PROTOCOL, f"{where}: expected a list of models ({error})"
+            ) from None
+
+    async def close(self) -> None:
+        """Release connections; what still streams ends as broken off."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _status(self, path: str) -> int:
+        try:
+            async with self._connections().get(self._base_url + path, timeout=_whole_call()) as response:
+                return response.status
+        except (aiohttp.ClientError, OSError):
+            return 0
+
+    def _connections(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = self._new_session()
+        return self._session
+
+
+async def _read(response: aiohttp.ClientResponse, answer: _Answer | None, deadline: float) -> bytes:
+    """Read what has come; nothing at the end, or when a finished answer breaks off.
+
+    Raises:
+        EngineFailure: STALLED or TRUNCATED.
+    """
+    is_finished = answer is not None and answer.is_finished
+    seen = f"after {answer.tokens} tokens" if answer is not None else "in mid-answer"
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await response.content.readany()
+    except TimeoutError:
+        if is_finished:
+            return b""
+        raise EngineFailure(
+            FailureCause.STALLED, f"{response.url}: engine fell silent {seen}; the stream was given up"
+        ) from None
+    except (aiohttp.ClientError, OSError) as error:
+        if is_finished:
+            return b""
+        raise EngineFailure(
+            FailureCause.TRUNCATED, f"{response.url}: stream broke off {seen} ({error})"
+        ) from None
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> EngineFailure:
+    """Tell what an answer other than 200 means; its body is read as far as it comes at once."""
+    body = b""
+    try:
+        async with asyncio.timeout(ALIVE_TIMEOUT_S):
+            while len(body) < 4 * SHOWN_CHARS and (data := await response.content.readany()):
+                body += data
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        pass
+    status = response.status
+    return EngineFailure(
+        _cause_of(status),
+        f"{response.url}: expected 200, seen {status}: {_shown(body)}",
+        http_status=status,
+    )
+
+
+def _cause_of(status: int) -> FailureCause:
+    """What an HTTP status other than 200 says about the attempt."""
+    if status in _OVERLOADED:
+        return FailureCause.OVERLOADED
+    if 400 <= status < 500:
+        return FailureCause.REFUSED
+    if status >= 500:
+        return FailureCause.ENGINE_ERROR
+    return FailureCause.PROTOCOL
+
+
+def _parse(parser: EventParser, data: bytes) -> list[bytes]:
+    try:
+        return parser.feed(data)
+    except ValueError as error:
+        raise EngineFailure(FailureCause.PROTOCOL, str(error)) from None
+
+
+def _base_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or re.search(r"[?#\s]", text):
+        raise SettingsError(f"engine address: expected http://host:port, seen {text!r}")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def _printable(text: str) -> str:
+    """What of `text` may stand in a header."""
+    return "".join(character for character in text if " " <= character <= "~").strip()
+
+
+def _whole_call() -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=ALIVE_TIMEOUT_S)
 
 
 def _shown(data: bytes) -> str:

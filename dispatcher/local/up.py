@@ -1,0 +1,131 @@
+"""`flexlb up`: the whole stack until Ctrl-C, with a live status line on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+from dispatcher.local.stack import LocalStack, StackSettings
+
+STATUS_EVERY_S = 1.0
+
+
+def configure_stack(parser: argparse.ArgumentParser) -> None:
+    """Flags that `up` and `demo` share."""
+    add = parser.add_argument
+    add("--nodes", type=_count, default=4, help="engines, each with an agent (default 4)")
+    add(
+        "--dispatchers",
+        type=_count,
+        default=2,
+        help="dispatchers: one leads, the others stand by (default 2)",
+    )
+    add("--redis", default="", metavar="URL", help="a Redis or Valkey that exists, instead of a local Valkey")
+    add(
+        "--kafka",
+        default="auto",
+        metavar="HOST:PORT|apache|embedded",
+        help="a Kafka that exists, or which local one (default: Apache Kafka where it can run)",
+    )
+    add("--pool", default="default", help="pool name (default 'default')")
+    add("--folder", type=Path, default=None, help="keep data and logs here (default: a temporary folder)")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 64:
+        raise argparse.ArgumentTypeError(f"expected 1 to 64, seen {text}")
+    return value
+
+
+def stack_settings(options: argparse.Namespace, *, time_scale: float = 1.0) -> StackSettings:
+    """The stack that the flags describe."""
+    local = options.kafka in {"auto", "apache", "embedded"}
+    return StackSettings(
+        nodes=options.nodes,
+        dispatchers=options.dispatchers,
+        broker=options.kafka if local else "auto",
+        kafka="" if local else options.kafka,
+        redis=options.redis,
+        pool=options.pool,
+        time_scale=time_scale,
+    )
+
+
+def configure_up(parser: argparse.ArgumentParser) -> None:
+    """Flags of `flexlb up`."""
+    configure_stack(parser)
+    parser.add_argument("--json", action="store_true", help="print the addresses as one JSON object")
+
+
+async def run_up(options: argparse.Namespace) -> int:
+    """Run the stack until SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    current = asyncio.current_task()
+    assert current is not None
+    started = False
+
+    def end() -> None:
+        stop.set()
+        if not started:
+            current.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    tell = (lambda _: None) if options.json else _say
+    try:
+        async with LocalStack(stack_settings(options), folder=options.folder, tell=tell) as stack:
+            started = True
+            _show(stack, as_json=options.json)
+            await _watch(stack, stop)
+            _say("stopping")
+    except asyncio.CancelledError:
+        _say("stopped while starting")
+        return 130
+    return 0
+
+
+def _show(stack: LocalStack, *, as_json: bool) -> None:
+    addresses = {
+        "kafka": stack.kafka,
+        "redis": stack.redis,
+        "pool": stack.settings.pool,
+        "model": stack.settings.model,
+        "dispatchers": [member.url for member in stack.dispatchers],
+        "agents": [member.url for member in stack.agents],
+        "engines": [member.url for member in stack.engines],
+    }
+    if as_json:
+        print(json.dumps(addresses), flush=True)
+        return
+    for name, value in addresses.items():
+        print(f"  {name:12} {', '.join(value) if isinstance(value, list) else value}")
+    print(f"Ready. Try: flexlb replay --kafka {stack.kafka} --limit 100   Ctrl-C stops it.", flush=True)
+
+
+async def _watch(stack: LocalStack, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        if sys.stderr.isatty():
+            status = await stack.status()
+            line = (
+                f"leader {status['leader']}  nodes {status['nodes']}/{stack.settings.nodes}  "
+                f"waiting {status['waiting']}  running {status['bound']}"
+                if status
+                else "nobody leads"
+            )
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_EVERY_S):
+                await stop.wait()
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    print(f"flexlb: {text}", file=sys.stderr, flush=True)

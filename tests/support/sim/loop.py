@@ -1,0 +1,284 @@
+"""An event loop whose time is virtual: when nothing is ready, time jumps to the next timer.
+
+Simulated processes call production code that waits, sleeps and times out; here an hour of that costs
+what its callbacks cost. Two runs of the same program take the same steps: tasks and futures hash by
+the order of their creation, so that sets of them (in `TaskGroup` and `asyncio.wait`) iterate alike.
+
+A callback belongs to the `Scope` that was current when it was scheduled. While a scope is held, none
+of its callbacks runs, which is what SIGSTOP does to a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import selectors
+from asyncio.events import Handle, TimerHandle
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeVar, cast
+
+from dispatcher.backends.clock import Clock
+
+T = TypeVar("T")
+
+START_EPOCH_S = 1_800_000_000.0
+MAX_ITERATIONS = 20_000_000
+MAX_ITERATIONS_AT_ONE_MOMENT = 100_000
+SHUTDOWN_ITERATIONS = 100_000
+
+
+class Deadlock(RuntimeError):
+    """Nothing is ready and nothing is scheduled: every task waits for another."""
+
+
+class Runaway(RuntimeError):
+    """The loop went round more often than a healthy simulation does."""
+
+
+class Scope:
+    """The tasks of one simulated process, and its callbacks while they are held back."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.held: list[Handle] | None = None
+
+    def context(self) -> Context:
+        """A copy of the current context in which callbacks and tasks belong to this scope."""
+        context = copy_context()
+        context.run(SCOPE.set, self)
+        return context
+
+    def hold(self) -> None:
+        """Run none of this scope's callbacks until released."""
+        if self.held is None:
+            self.held = []
+
+    def release(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run what was held back, in order, then go on."""
+        held, self.held = self.held or [], None
+        for handle in held:
+            cast(VirtualLoop, loop).resume(handle)
+
+
+SCOPE: ContextVar[Scope | None] = ContextVar("scope", default=None)
+OUTSIDE = Context()
+"""The context of what belongs to no process: servers and the network."""
+
+
+class _Held(Handle):
+    def _run(self) -> None:
+        scope = self._context.get(SCOPE)  # type: ignore[attr-defined]
+        if scope is not None and scope.held is not None:
+            scope.held.append(self)
+        else:
+            super()._run()  # type: ignore[misc]
+
+
+class _HeldTimer(TimerHandle):
+    def _run(self) -> None:
+        scope = self._context.get(SCOPE)  # type: ignore[attr-defined]
+        if scope is not None and scope.held is not None:
+            scope.held.append(self)
+        else:
+            super()._run()  # type: ignore[misc]
+
+
+_order = itertools.count()
+
+
+class _Task(asyncio.Task[T]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._order = next(_order)
+        super().__init__(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return self._order
+
+
+class _Future(asyncio.Future[T]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._order = next(_order)
+        super().__init__(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return self._order
+
+
+class _NoFiles(selectors.BaseSelector):
+    """Waits for nothing but time."""
+
+    def __init__(self, waited: Callable[[float | None], None]) -> None:
+        self._waited = waited
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self._waited(timeout)
+        return []
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        raise RuntimeError(f"real I/O in virtual time: {fileobj!r}; use the simulated network")
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        raise KeyError(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return {}
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """See the module."""
+
+    def __init__(
+        self, *, start_epoch_s: float = START_EPOCH_S, max_iterations: int = MAX_ITERATIONS
+    ) -> None:
+        self._now = 0.0
+        self._start_epoch_s = start_epoch_s
+        self._iterations_left = max_iterations
+        self._max_iterations = max_iterations
+        self._at_this_moment = 0
+        self._task_names = itertools.count(1)
+        global _order
+        _order = itertools.count()
+        super().__init__(_NoFiles(self._wait))
+        self._clock_resolution = 1e-9
+
+    def time(self) -> float:
+        """Seconds since the simulation began."""
+        return self._now
+
+    def epoch_s(self) -> float:
+        """Seconds since 1970."""
+        return self._start_epoch_s + self._now
+
+    def _wait(self, timeout: float | None) -> None:
+        self._iterations_left -= 1
+        self._at_this_moment += 1
+        if self._iterations_left < 0:
+            self._iterations_left = SHUTDOWN_ITERATIONS
+            raise Runaway(
+                f"{self._max_iterations} loop iterations at {self._now:.3f} s: expected the simulation to be "
+                f"over; shorten it or raise max_iterations. {self.describe_tasks()}"
+            )
+        if timeout is None:
+            raise Deadlock(
+                f"nothing ready and nothing scheduled at {self._now:.3f} s: expected at least one timer; "
+                f"something waits for an event that nobody sends. {self.describe_tasks()}"
+            )
+        if timeout > 0:
+            self._now += timeout
+            self._at_this_moment = 0
+        elif self._at_this_moment > MAX_ITERATIONS_AT_ONE_MOMENT:
+            self._at_this_moment = 0
+            raise Runaway(
+                f"{MAX_ITERATIONS_AT_ONE_MOMENT} loop iterations while time stood still at {self._now:.3f} s: "
+                f"a task spins without waiting. {self.describe_tasks()}"
+            )
+
+    def describe_tasks(self) -> str:
+        """The pending tasks and where each waits."""
+        lines = []
+        for task in sorted(asyncio.all_tasks(self), key=hash):
+            frames = task.get_stack(limit=1)
+            where = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "not started"
+            lines.append(f"{task.get_name()} ({where})")
+        return f"Pending tasks: {', '.join(lines) or 'none'}"
+
+    def resume(self, handle: Handle) -> None:
+        """Run a handle that was held back."""
+        self._ready.append(handle)  # type: ignore[attr-defined]
+
+    # What asyncio's own loop does, with our handles, tasks and futures.
+
+    def _call_soon(self, callback: Any, args: Any, context: Context | None) -> Handle:
+        handle = _Held(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> TimerHandle:
+        """Schedule `callback` at loop time `when`."""
+        self._check_closed()  # type: ignore[attr-defined]
+        timer = _HeldTimer(when, callback, args, self, context)
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        timer._scheduled = True  # type: ignore[attr-defined]
+        return timer
+
+    def create_future(self) -> asyncio.Future[Any]:
+        """A future that hashes by age."""
+        return _Future(loop=self)
+
+    def create_task(  # type: ignore[override]
+        self, coro: Any, *, name: str | None = None, context: Context | None = None
+    ) -> asyncio.Task[Any]:
+        """A task that hashes by age and belongs to the current scope."""
+        self._check_closed()  # type: ignore[attr-defined]
+        task: _Task[Any] = _Task(coro, loop=self, name=name or f"task-{next(self._task_names)}", context=context)
+        scope = SCOPE.get() if context is None else context.get(SCOPE)
+        if scope is not None:
+            scope.tasks.add(task)
+            task.add_done_callback(scope.tasks.discard)
+        return task
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        """Call `func` at once: threads have no place in virtual time."""
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _make_self_pipe(self) -> None:
+        self._ssock = self._csock = None
+        self._internal_fds = 0
+
+    def _close_self_pipe(self) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
+
+
+def run(
+    main: Coroutine[Any, Any, T],
+    *,
+    start_epoch_s: float = START_EPOCH_S,
+    max_iterations: int = MAX_ITERATIONS,
+) -> T:
+    """Run `main` to its end in virtual time.
+
+    Raises:
+        Deadlock: every task waits and no timer is set; names the tasks.
+        Runaway: more than `max_iterations`, or time stands still.
+    """
+
+    def new_loop() -> VirtualLoop:
+        return VirtualLoop(start_epoch_s=start_epoch_s, max_iterations=max_iterations)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(main)
+
+
+def current() -> VirtualLoop:
+    """The running loop, which must be a virtual one."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualLoop):
+        raise RuntimeError(f"expected to run in virtual time, seen {type(loop).__name__}; use sim.loop.run")
+    return loop
+
+
+def monotonic() -> float:
+    """The running loop's time."""
+    return current().time()
+
+
+def epoch_s() -> float:
+    """The running loop's seconds since 1970."""
+    return current().epoch_s()
+
+
+def clock() -> Clock:
+    """Virtual time as services take it."""
+    return Clock(monotonic=monotonic, epoch_s=epoch_s)

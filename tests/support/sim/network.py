@@ -1,0 +1,345 @@
+"""Simulated processes and the network between them and the servers, all chance from one `Random`.
+
+A client's call is: request on its way -> one atomic effect at the server -> answer on its way. The
+request and the answer travel outside the process: what it sent before it froze still takes effect,
+and the answer waits for it to wake. Calls to servers of one name may be delayed, reordered (each has a
+connection of its own), cut before or after the effect, refused while the server is down, and kept
+while it is frozen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from dispatcher.backends.clock import Clock
+from tests.support.sim.loop import OUTSIDE, Scope, VirtualLoop
+
+
+class Killed(asyncio.CancelledError):
+    """The process is dead: nothing it still tries to do happens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What the network does to a message; shares are probabilities per message.
+
+    `cut_share` is per call: half of the cuts come before the effect, half after it.
+    `sent_survives_kill` is the chance that a request on its way still arrives after its sender was
+    killed, as bytes in a socket's buffer do.
+    """
+
+    usual_s: tuple[float, float] = (0.0001, 0.001)
+    slow_s: tuple[float, float] = (0.001, 0.05)
+    slow_share: float = 0.02
+    stall_s: float = 1.0
+    stall_share: float = 0.0
+    cut_share: float = 0.0
+    sent_survives_kill: float = 0.0
+
+
+CALM = Profile()
+ROUGH = Profile(slow_share=0.05, stall_share=0.001, cut_share=0.005)
+
+
+class Process:
+    """One simulated OS process: whatever is spawned in it lives, freezes and dies with it."""
+
+    def __init__(self, name: str, loop: VirtualLoop, *, clock_skew_s: float = 0.0) -> None:
+        self.name = name
+        self.is_alive = True
+        self.failures: list[BaseException] = []
+        """What its spawned tasks died of; empty for a healthy program."""
+        self.clock = Clock(monotonic=loop.time, epoch_s=lambda: loop.epoch_s() + clock_skew_s)
+        self._loop = loop
+        self._scope = Scope()
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._calls: dict[Call, None] = {}
+
+    @property
+    def is_frozen(self) -> bool:
+        """Between `freeze` and `thaw`."""
+        return not self._awake.is_set()
+
+    def spawn(self, coro: Coroutine[Any, Any, Any], *, name: str = "") -> asyncio.Task[Any]:
+        """Start `coro` inside the process; tasks that it makes belong to the process too."""
+        if not self.is_alive:
+            coro.close()
+            raise RuntimeError(f"process {self.name}: expected it alive to spawn a task, seen it killed")
+        task = self._loop.create_task(
+            coro, name=f"{self.name}/{name or coro.__qualname__}", context=self._scope.context()
+        )
+        task.add_done_callback(self._ended, context=OUTSIDE)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failures.append(error)
+
+    async def running(self) -> None:
+        """Wait while frozen.
+
+        Raises:
+            Killed: the process is dead.
+        """
+        while self.is_alive and self.is_frozen:
+            await self._awake.wait()
+        if not self.is_alive:
+            raise Killed(f"process {self.name} was killed")
+
+    def kill(self) -> None:
+        """kill -9: every task is cancelled, and nothing that they still send leaves the process."""
+        self.is_alive = False
+        self.thaw()
+        for task in sorted(self._scope.tasks, key=hash):
+            task.cancel()
+        for call in list(self._calls):
+            call.leave()
+
+    def freeze(self) -> None:
+        """SIGSTOP: no callback of the process runs; what it has sent goes its way."""
+        self._awake.clear()
+        self._scope.hold()
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._awake.set()
+        self._scope.release(self._loop)
+
+    def freeze_for(self, seconds: float) -> None:
+        """Freeze now and thaw after `seconds`."""
+        self.freeze()
+        self._loop.call_later(seconds, self.thaw, context=OUTSIDE)
+
+
+class Server:
+    """The outside of a server: whether it answers, and the connections that wait in it.
+
+    `refused` and `timed_out` make the errors that its client library raises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loop: VirtualLoop,
+        *,
+        refused: Callable[[str], Exception],
+        timed_out: Callable[[str], Exception],
+    ) -> None:
+        self.name = name
+        self.refused = refused
+        self.timed_out = timed_out
+        self.is_up = True
+        self.incarnation = 0
+        self._loop = loop
+        self._later: list[Callable[[], None]] | None = None
+        self._waiting: dict[Call, None] = {}
+
+    def down(self, seconds: float | None = None) -> None:
+        """Refuse everything from now on; open connections break. Up again after `seconds`, if given."""
+        self.is_up = False
+        self.incarnation += 1
+        self.thaw()
+        for call in list(self._waiting):
+            call.break_off(f"{self.name}: connection reset")
+        if seconds is not None:
+            self._loop.call_later(seconds, self.up, context=OUTSIDE)
+
+    def up(self) -> None:
+        """Answer again."""
+        self.is_up = True
+
+    def freeze(self, seconds: float | None = None) -> None:
+        """Keep what arrives and do nothing; go on after `seconds`, if given."""
+        if self._later is None:
+            self._later = []
+        if seconds is not None:
+            self._loop.call_later(seconds, self.thaw, context=OUTSIDE)
+
+    def thaw(self) -> None:
+        """Do what was kept, in order."""
+        later, self._later = self._later or [], None
+        for step in later:
+            step()
+
+    def when_running(self, step: Callable[[], None]) -> None:
+        """Do `step` now, or at the thaw."""
+        if self._later is None:
+            step()
+        else:
+            self._later.append(step)
+
+
+class Call:
+    """One call on its way; made by `Network.call`."""
+
+    def __init__(
+        self, network: Network, process: Process, server: Server, effect: Callable[[], Any], label: str
+    ) -> None:
+        self.network = network
+        self.process = process
+        self.server = server
+        self.effect = effect
+        self.label = label
+        self.incarnation = server.incarnation
+        self.loses_request = False
+        self.loses_answer = False
+        self.answer: asyncio.Future[Any] = network.loop.create_future()
+        self._wait: asyncio.Future[Any] | None = None
+
+    def arrive(self) -> None:
+        """The request reaches the server."""
+        if not self.process.is_alive and not self.network.survives_kill():
+            self.network.note(self, "lost with its sender")
+        elif self.loses_request:
+            self.break_off(f"{self.server.name}: connection cut")
+        else:
+            self.server.when_running(self._take_effect)
+
+    def _take_effect(self) -> None:
+        if not self.server.is_up or self.incarnation != self.server.incarnation:
+            self.break_off(f"{self.server.name}: connection refused")
+            return
+        self.network.note(self, "effect")
+        try:
+            result = self.effect()
+        except Exception as error:
+            self._reply(None, error)
+            return
+        if isinstance(result, asyncio.Future):
+            self._wait = result
+            self.server._waiting[self] = None
+            result.add_done_callback(self._waited, context=OUTSIDE)
+            if self.answer.done():
+                self.leave()
+        else:
+            self._reply(result, None)
+
+    def _waited(self, future: asyncio.Future[Any]) -> None:
+        self.server._waiting.pop(self, None)
+        if not future.cancelled():
+            error = future.exception()
+            self._reply(None if error else future.result(), error)
+
+    def _reply(self, result: Any, error: BaseException | None) -> None:
+        if self.loses_answer:
+            self.break_off(f"{self.server.name}: connection cut")
+        else:
+            self.network.later(self._finish, result, error)
+
+    def break_off(self, why: str) -> None:
+        """The connection broke: the caller learns that, and no more."""
+        if self._wait is not None:
+            self._wait.cancel()
+        self.network.later(self._finish, None, self.server.refused(why))
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        if self.answer.done():
+            return
+        self.network.note(self, "answer" if error is None else f"error {error}")
+        if error is None:
+            self.answer.set_result(result)
+        else:
+            self.answer.set_exception(error)
+
+    def time_out(self) -> None:
+        """The caller's patience ends; the effect may still come."""
+        if not self.answer.done():
+            self.network.note(self, "timeout")
+            self.answer.set_exception(self.server.timed_out(f"{self.server.name}: {self.label}: no answer"))
+
+    def leave(self) -> None:
+        """The caller is gone: the server learns it one leg later and forgets what waits there."""
+        if not self.answer.cancel() and not self.answer.cancelled():
+            self.answer.exception()
+        if self._wait is not None and not self._wait.done():
+            self.network.later(self._wait.cancel)
+
+
+class Network:
+    """Carries calls. One per simulation; every delay and cut comes from `rng`."""
+
+    def __init__(
+        self,
+        rng: Random,
+        loop: VirtualLoop,
+        profile: Profile = CALM,
+        *,
+        trace: Callable[[str], None] | None = None,
+    ) -> None:
+        self.rng = rng
+        self.loop = loop
+        self.profile = profile
+        self._trace = trace
+
+    def process(self, name: str, *, clock_skew_s: float = 0.0) -> Process:
+        """A new process."""
+        return Process(name, self.loop, clock_skew_s=clock_skew_s)
+
+    async def call(
+        self,
+        process: Process,
+        server: Server,
+        effect: Callable[[], Any],
+        *,
+        label: str,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Have `effect` called once at the server and return its answer.
+
+        An effect that returns a future makes the caller wait in the server until it is set; the
+        future is cancelled when the caller leaves. What an effect raises is its answer.
+
+        Raises:
+            server.refused: the connection broke; the effect may have happened or not.
+            server.timed_out: no answer within `timeout_s`; the same, and it may still come.
+            Killed: the process is dead.
+        """
+        await process.running()
+        call = Call(self, process, server, effect, label)
+        profile = self.profile
+        if profile.cut_share and self.rng.random() < profile.cut_share:
+            call.loses_request = self.rng.random() < 0.5
+            call.loses_answer = not call.loses_request
+        process._calls[call] = None
+        self.later(call.arrive)
+        timer = self.loop.call_later(timeout_s, call.time_out) if timeout_s is not None else None
+        try:
+            return await call.answer
+        finally:
+            if timer is not None:
+                timer.cancel()
+            del process._calls[call]
+            call.leave()
+            if process.is_frozen or not process.is_alive:
+                await process.running()
+
+    def later(self, step: Callable[..., Any], *arguments: Any) -> None:
+        """Do `step` after one leg, outside every process."""
+        self.loop.call_later(self.delay_s(), step, *arguments, context=OUTSIDE)
+
+    def delay_s(self) -> float:
+        """How long one message takes."""
+        rng, profile = self.rng, self.profile
+        draw = rng.random()
+        if draw < profile.stall_share:
+            return profile.stall_s
+        if draw < profile.stall_share + profile.slow_share:
+            return rng.uniform(*profile.slow_s)
+        return rng.uniform(*profile.usual_s)
+
+    def survives_kill(self) -> bool:
+        """Whether a message of a dead process arrives."""
+        share = self.profile.sent_survives_kill
+        return share > 0 and self.rng.random() < share
+
+    def note(self, call: Call, event: str) -> None:
+        """Write a line of the trace."""
+        if self._trace is not None:
+            self._trace(
+                f"{self.loop.time():.6f} {call.process.name} {call.server.name} {call.label}: {event}"
+            )

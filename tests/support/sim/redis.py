@@ -1,0 +1,578 @@
+"""A Redis server in virtual time: fakeredis's commands, our Lua, and a real `redis.asyncio` client on top.
+
+The client is redis-py's own class with its transport replaced, so that arguments are encoded and
+answers parsed exactly as in production (RESP2), a call without an answer times out after `timeout_s`,
+and a broken one is repeated once, as `connect_redis` has it.
+
+Time: fakeredis reads the clock as `time.time()` in several modules. Each of them gets, once, a stand-in
+for `time` that gives the moment of the command being executed and is the real module at any other
+moment; so TIME, expiry and stream ids are virtual, and other users of fakeredis notice nothing.
+
+Lua: fakeredis compiles a script and collects garbage on every call. `_Scripts` keeps one runtime and
+the compiled functions for all simulations of a Python process; globals are read-only, as in Redis.
+The line `#!lua flags=...`, which Lua itself can't parse, is taken off here; digests are of the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import pickle
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio
+from fakeredis import FakeServer
+from fakeredis._commands import SUPPORTED_COMMANDS
+from fakeredis._core import Database
+from fakeredis._core._database import Item
+from fakeredis._helpers import NoResponse, SimpleError
+from fakeredis._socket import FakeSocket
+from fakeredis._socket._resp import convert_to_resp2, extract_command
+from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE, _convert_redis_arg
+from redis.asyncio.client import Pipeline
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
+
+from dispatcher.backends.connect import REDIS_TIMEOUT_S
+from tests.support.sim.loop import OUTSIDE
+from tests.support.sim.network import Network, Process, Server
+
+HISTORY_S = 10.0
+"""How far back `restart(lose_last_s=...)` can go."""
+
+
+class _CommandClock:
+    """Stands in for the module `time` inside fakeredis."""
+
+    def __init__(self) -> None:
+        self.at_s: float | None = None
+
+    def time(self) -> float:
+        return time.time() if self.at_s is None else self.at_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+_clock = _CommandClock()
+
+
+@contextmanager
+def _at(now_s: float) -> Iterator[None]:
+    _clock.at_s = now_s
+    try:
+        yield
+    finally:
+        _clock.at_s = None
+
+
+def _give_fakeredis_our_clock() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fakeredis.") and getattr(module, "time", None) is time:
+            module.time = _clock  # type: ignore[attr-defined]
+
+
+_give_fakeredis_our_clock()
+
+
+class _Blocked(NoResponse):  # type: ignore[misc]
+    """What a command returns that has to wait. `retry` gives None while there is still nothing."""
+
+    def __init__(self, timeout_s: float, retry: Callable[[], Any], empty: Callable[[], Any]) -> None:
+        self.timeout_s = timeout_s
+        self.retry = retry
+        self.empty = empty
+
+
+class _Database(Database):  # type: ignore[misc]
+    def __init__(self, touched: dict[bytes, None]) -> None:
+        super().__init__(None)
+        self._touched = touched
+
+    def notify_watch(self, key: bytes) -> None:
+        self._touched[key] = None
+
+
+class _State(FakeServer):  # type: ignore[misc]
+    """fakeredis's data, noting which keys a command touched."""
+
+    def __init__(self) -> None:
+        super().__init__(version=(7, 4))
+        self.touched: dict[bytes, None] = {}
+        self.is_full = False
+        self.dbs = defaultdict(lambda: _Database(self.touched))
+
+
+class _Scripts:
+    """One Lua runtime and the functions compiled in it."""
+
+    def __init__(self) -> None:
+        self.lua = LUA_MODULE.LuaRuntime(encoding=None, unpack_returned_tuples=True)
+        self.socket: Any = None
+        self._functions: dict[bytes, Any] = {}
+        self._signatures: dict[bytes, tuple[str, Any]] = {}
+        setup = self.lua.eval(
+            """
+            function(call)
+              redis = {call = call}
+              redis.pcall = function(...)
+                local ok, answer = pcall(call, ...)
+                if ok then return answer end
+                return {err = tostring(answer)}
+              end
+              redis.error_reply = function(message) return {err = message} end
+              redis.status_reply = function(message) return {ok = message} end
+              redis.log = function() end
+              redis.LOG_DEBUG, redis.LOG_VERBOSE, redis.LOG_NOTICE, redis.LOG_WARNING = 0, 1, 2, 3
+              python, os, io, require, dofile, loadfile, package = nil
+              setmetatable(_G, {
+                __newindex = function(_, name) error('Attempt to modify a readonly table: ' .. name) end,
+                __index = function(_, name)
+                  error("Script attempted to access nonexistent global variable '" .. tostring(name) .. "'")
+                end})
+            end
+            """
+        )
+        setup(self._call)
+
+    def compiled(self, source: bytes) -> Any:
+        """The function of a script, its first line taken off when that is for the server."""
+        function = self._functions.get(source)
+        if function is None:
+            body = source
+            if body.startswith(b"#!"):
+                body = b"\n" + body.partition(b"\n")[2]
+            chunk = b"return function(KEYS, ARGV) " + body + b"\nend"
+            function = self._functions[source] = self.lua.execute(chunk)
+        return function
+
+    def _call(self, command: bytes, *arguments: Any) -> Any:
+        found = self._signatures.get(command)
+        if found is None:
+            name = command.decode().lower()
+            if name not in SUPPORTED_COMMANDS:
+                raise SimpleError("ERR Unknown Redis command called from script")
+            signature = SUPPORTED_COMMANDS[name]
+            found = self._signatures[command] = (signature.func_name, signature)
+        socket = self.socket
+        result = socket._run_command(
+            getattr(socket, found[0]), found[1], [_convert_redis_arg(value) for value in arguments], True
+        )
+        if result is None:
+            return False
+        if type(result) is bytes or type(result) is int:
+            return result
+        return socket._convert_redis_result(self.lua, result)
+
+
+_scripts = functools.cache(_Scripts)
+
+
+class _Socket(FakeSocket):  # type: ignore[misc]
+    """fakeredis's commands, called directly; blocking ones say so instead of waiting."""
+
+    _server: _State
+
+    def __init__(self, state: _State) -> None:
+        super().__init__(state, 0, client_class=redis.Redis, client_info={"resp": 2})
+
+    def execute(self, fields: list[bytes], now_s: float) -> Any:
+        """Run one command: its answer, an error in place of it, or `_Blocked`."""
+        name, arguments = extract_command(fields)
+        with _at(now_s):
+            for database in self._server.dbs.values():
+                database.time = now_s
+            try:
+                if name in {"blmove", "brpoplpush"}:
+                    return self._move(name, arguments)
+                function, signature = self._name_to_func(name)
+                signature.check_arity(arguments, self.version)
+                result = self._run_command(function, signature, arguments, False)
+            except SimpleError as error:
+                result = error
+            return result if isinstance(result, _Blocked) else self._decode_result(result)
+
+    def _move(self, name: str, arguments: list[bytes]) -> Any:
+        # fakeredis answers at once when the source does not exist, so these wait here.
+        function, signature = self._name_to_func(name[1:])
+
+        def move() -> Any:
+            return self._decode_result(self._run_command(function, signature, arguments[:-1], False))
+
+        signature.check_arity(arguments[:-1], self.version)
+        moved = move()
+        return moved if moved is not None else _Blocked(float(arguments[-1]), move, lambda: None)
+
+    def _blocking(
+        self, timeout: float | None, func: Callable[[bool], Any], shape: Callable[[Any], Any] | None = None
+    ) -> Any:
+        found = func(True)
+        if found is not None:
+            return found if shape is None else shape(found)
+
+        def shaped(result: Any) -> Any:
+            return self._decode_result(convert_to_resp2(result if shape is None else shape(result)))
+
+        def retry() -> Any:
+            found = func(False)
+            return None if found is None else shaped(found)
+
+        return _Blocked(timeout or 0.0, retry, lambda: shaped(None))
+
+    def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
+        self._server.script_cache[hashlib.sha1(script).hexdigest().encode()] = script
+        if self._server.is_full and b"allow-oom" not in script.partition(b"\n")[0]:
+            raise SimpleError(
+                "OOM allow-oom flag is not set on the script, can not run it when used memory > 'maxmemory'"
+            )
+        scripts = _scripts()
+        scripts.socket = self
+        self._script_resp = 2
+        table = scripts.lua.table_from
+        try:
+            function = scripts.compiled(script)
+            result = function(table(keys_and_args[:numkeys]), table(keys_and_args[numkeys:]))
+        except LUA_MODULE.LuaError as error:
+            raise SimpleError(f"ERR {error}") from None
+        finally:
+            self._script_resp = None
+        return self._convert_lua_result(result, nested=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    at_s: float
+    data: bytes
+    journal_length: int
+
+
+class _History:
+    """What the server held some seconds ago: checkpoints, and the commands since the oldest."""
+
+    def __init__(self, history_s: float) -> None:
+        self._history_s = history_s
+        self._journal: list[tuple[float, list[bytes]]] = []
+        self._checkpoints: list[_Checkpoint] = []
+
+    def note(self, state: _State, fields: list[bytes], now_s: float) -> None:
+        """A command that changed data was executed."""
+        self._journal.append((now_s, fields))
+        if not self._checkpoints:
+            self._checkpoints.append(
+                _Checkpoint(at_s=float("-inf"), data=pickle.dumps({}), journal_length=0)
+            )
+            self._started_s = now_s
+        last_s = max(self._checkpoints[-1].at_s, self._started_s)
+        if now_s - last_s >= self._history_s / 2:
+            self._checkpoints.append(
+                _Checkpoint(at_s=now_s, data=_dump(state), journal_length=len(self._journal))
+            )
+            while len(self._checkpoints) > 1 and self._checkpoints[1].at_s <= now_s - self._history_s:
+                del self._checkpoints[0]
+                dropped = self._checkpoints[0].journal_length
+                del self._journal[:dropped]
+                self._checkpoints = [
+                    _Checkpoint(at_s=c.at_s, data=c.data, journal_length=c.journal_length - dropped)
+                    for c in self._checkpoints
+                ]
+
+    def restore(self, state: _State, socket: _Socket, until_s: float) -> None:
+        """Make `state` what it was at `until_s`."""
+        while len(self._checkpoints) > 1 and self._checkpoints[-1].at_s > until_s:
+            self._checkpoints.pop()
+        if not self._checkpoints:
+            return
+        if self._checkpoints[0].at_s > until_s:
+            raise ValueError(
+                f"lose_last_s: expected at most {self._history_s} s of history; give SimRedis more history_s"
+            )
+        checkpoint = self._checkpoints[-1]
+        _load(state, checkpoint.data)
+        kept = checkpoint.journal_length
+        for at_s, fields in self._journal[kept:]:
+            if at_s > until_s:
+                break
+            socket.execute(fields, at_s)
+            kept += 1
+        del self._journal[kept:]
+
+    def forget(self) -> None:
+        """The data are gone."""
+        self._journal.clear()
+        self._checkpoints.clear()
+
+
+def _dump(state: _State) -> bytes:
+    data = {
+        number: {key: (item.value, item.expireat) for key, item in database._dict.items()}
+        for number, database in state.dbs.items()
+    }
+    return pickle.dumps(data, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _load(state: _State, data: bytes) -> None:
+    state.dbs.clear()
+    for number, items in pickle.loads(data).items():
+        database = state.dbs[number]
+        for key, (value, expireat) in items.items():
+            item = Item(value)
+            item.expireat = expireat
+            database[key] = item
+
+
+class _Wait:
+    """A client that waits in the server for one of `keys` ([]: for any change)."""
+
+    def __init__(self, fields: list[bytes], keys: list[bytes], blocked: _Blocked) -> None:
+        self.fields = fields
+        self.keys = keys
+        self.blocked = blocked
+
+
+class SimRedis:
+    """A Redis server on the simulated network."""
+
+    def __init__(self, network: Network, *, name: str = "redis", history_s: float = HISTORY_S) -> None:
+        self.server = Server(name, network.loop, refused=ConnectionError, timed_out=TimeoutError)
+        self._network = network
+        self._state = _State()
+        self._socket = _Socket(self._state)
+        self._history = _History(history_s)
+        self._waits: dict[asyncio.Future[Any], _Wait] = {}
+        self._waits_by_key: dict[bytes, dict[asyncio.Future[Any], None]] = {}
+        self._direct = _Client(self, None)
+
+    def client(
+        self, process: Process, *, timeout_s: float | None = REDIS_TIMEOUT_S, retries: int = 1
+    ) -> Any:
+        """What `connect_redis` gives, for a simulated process."""
+        return _Client(self, process, timeout_s=timeout_s, retries=retries)
+
+    def call(self, *arguments: Any) -> Any:
+        """Execute a command at once, past the network: for tests and invariants."""
+        answer = self.execute(self._direct.encoded(arguments))
+        if isinstance(answer, asyncio.Future):
+            raise RuntimeError(f"{arguments[0]}: expected a command that does not block; use a client")
+        return self._direct.parsed(arguments[0], answer, {})
+
+    # Faults
+
+    def restart(self, *, keep_data: bool = True, lose_last_s: float = 0.0, down_s: float = 0.0) -> None:
+        """Stop and start again: connections break, the script cache is empty.
+
+        Args:
+            keep_data: False for a server without persistence: everything is gone.
+            lose_last_s: what an append-only file had not yet got on disk; at most `history_s`.
+            down_s: how long it refuses connections.
+        """
+        self.server.down()
+        state = self._state
+        state.script_cache.clear()
+        if not keep_data:
+            state.dbs.clear()
+            self._history.forget()
+        elif lose_last_s > 0:
+            self._history.restore(state, self._socket, self._network.loop.epoch_s() - lose_last_s)
+        self._socket._db = state.dbs[0]
+        state.touched.clear()
+        if down_s > 0:
+            self._network.loop.call_later(down_s, self.server.up, context=OUTSIDE)
+        else:
+            self.server.up()
+
+    def freeze(self, seconds: float | None = None) -> None:
+        """SIGSTOP the server; SIGCONT after `seconds`."""
+        self.server.freeze(seconds)
+
+    def thaw(self) -> None:
+        """SIGCONT the server."""
+        self.server.thaw()
+
+    def down(self, seconds: float | None = None) -> None:
+        """Refuse connections, data kept and script cache too; up again after `seconds`."""
+        self.server.down(seconds)
+
+    def up(self) -> None:
+        """Accept connections again."""
+        self.server.up()
+
+    def fill(self, is_full: bool = True) -> None:
+        """Be at maxmemory: scripts without `allow-oom` are refused."""
+        self._state.is_full = is_full
+
+    # Commands
+
+    def execute(self, fields: list[bytes]) -> Any:
+        """Execute one encoded command: its raw answer, an error raised, or a future while it blocks."""
+        answer = self._execute(fields)
+        if isinstance(answer, RedisError):
+            raise answer
+        return answer
+
+    def execute_all(self, commands: list[list[bytes]]) -> list[Any]:
+        """Execute a pipeline; errors stand in their places."""
+        return [self._execute(fields) for fields in commands]
+
+    def _execute(self, fields: list[bytes]) -> Any:
+        answer = self._socket.execute(fields, self._network.loop.epoch_s())
+        if isinstance(answer, _Blocked):
+            return self._block(_Wait(fields, _keys_waited_for(fields), answer))
+        self._changed(fields)
+        return answer
+
+    def _changed(self, fields: list[bytes]) -> None:
+        touched = self._state.touched
+        if not touched:
+            return
+        self._history.note(self._state, fields, self._network.loop.epoch_s())
+        keys = list(touched)
+        touched.clear()
+        if self._waits:
+            for key in keys:
+                self._serve(key)
+
+    def _block(self, wait: _Wait) -> asyncio.Future[Any]:
+        loop = self._network.loop
+        future = loop.create_future()
+        self._waits[future] = wait
+        for key in wait.keys:
+            self._waits_by_key.setdefault(key, {})[future] = None
+        future.add_done_callback(self._unblock, context=OUTSIDE)
+        if wait.blocked.timeout_s > 0:
+            loop.call_later(wait.blocked.timeout_s, self._give_up, future, context=OUTSIDE)
+        return future
+
+    def _unblock(self, future: asyncio.Future[Any]) -> None:
+        wait = self._waits.pop(future, None)
+        for key in wait.keys if wait else ():
+            waiting = self._waits_by_key[key]
+            waiting.pop(future, None)
+            if not waiting:
+                del self._waits_by_key[key]
+
+    def _give_up(self, future: asyncio.Future[Any]) -> None:
+        def empty() -> None:
+            wait = self._waits.get(future)
+            if wait is not None and not future.done():
+                self._unblock(future)
+                future.set_result(wait.blocked.empty())
+
+        self.server.when_running(empty)
+
+    def _serve(self, key: bytes) -> None:
+        for future in list(self._waits_by_key.get(key, ())):
+            wait = self._waits.get(future)
+            if wait is None or future.done():
+                continue
+            now_s = self._network.loop.epoch_s()
+            with _at(now_s):
+                answer = wait.blocked.retry()
+            if answer is None:
+                continue
+            self._unblock(future)
+            if isinstance(answer, RedisError):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+            self._changed(wait.fields)
+
+    async def exchange(
+        self, process: Process, effect: Callable[[], Any], label: str, timeout_s: float | None, retries: int
+    ) -> Any:
+        """Have `effect` at the server, repeated after a broken connection as redis-py does."""
+        while True:
+            try:
+                return await self._network.call(
+                    process, self.server, effect, label=label, timeout_s=timeout_s
+                )
+            except (ConnectionError, TimeoutError):
+                if retries <= 0:
+                    raise
+                retries -= 1
+
+
+def _keys_waited_for(fields: list[bytes]) -> list[bytes]:
+    name = fields[0].upper()
+    if name in {b"BLMOVE", b"BRPOPLPUSH"}:
+        return fields[1:2]
+    if name in {b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX"}:
+        return fields[1:-1]
+    if name in {b"XREAD", b"XREADGROUP"}:
+        at = next(i for i, field in enumerate(fields) if field.upper() == b"STREAMS") + 1
+        return fields[at : at + (len(fields) - at) // 2]
+    raise NotImplementedError(f"{name.decode()}: the simulated Redis does not know which keys it waits for")
+
+
+class _Client(redis.asyncio.Redis):
+    """redis-py's client over the simulated network."""
+
+    def __init__(
+        self,
+        server: SimRedis,
+        process: Process | None,
+        *,
+        timeout_s: float | None = None,
+        retries: int = 0,
+    ) -> None:
+        super().__init__(protocol=2)
+        self._sim = server
+        self._process = process
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._encode = self.connection_pool.get_encoder().encode
+
+    def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
+        """A command as it goes over the wire."""
+        name, *rest = arguments
+        return [*name.encode().split(), *(bytes(self._encode(value)) for value in rest)]
+
+    def parsed(self, name: str, answer: Any, options: dict[str, Any]) -> Any:
+        """An answer as redis-py's methods give it."""
+        options.pop("keys", None)
+        callback = self.response_callbacks.get(name)
+        return answer if callback is None else callback(answer, **options)
+
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        """Send one command."""
+        fields = self.encoded(arguments)
+        answer = await self.send(lambda: self._sim.execute(fields), arguments[0])
+        return self.parsed(arguments[0], answer, options)
+
+    async def send(self, effect: Callable[[], Any], label: str) -> Any:
+        """Have `effect` at the server."""
+        assert self._process is not None
+        return await self._sim.exchange(self._process, effect, label, self._timeout_s, self._retries)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        """Commands that travel together."""
+        return _Pipeline(self, transaction)
+
+
+class _Pipeline(Pipeline):
+    def __init__(self, client: _Client, transaction: bool) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, transaction, None)
+        self._client = client
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        """Send everything in one message."""
+        stack, self.command_stack = self.command_stack, []
+        if not stack:
+            return []
+        client = self._client
+        commands = [client.encoded(arguments) for arguments, _ in stack]
+        answers = await client.send(lambda: client._sim.execute_all(commands), f"pipeline of {len(stack)}")
+        results = []
+        for (arguments, options), answer in zip(stack, answers, strict=True):
+            if isinstance(answer, RedisError):
+                if raise_on_error:
+                    raise answer
+                results.append(answer)
+            else:
+                results.append(client.parsed(arguments[0], answer, dict(options)))
+        return results
