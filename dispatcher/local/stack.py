@@ -34,13 +34,17 @@ HEALTH_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class StackSettings:
-    """What a stack is made of. `redis` and `kafka` name servers that exist, instead of local ones."""
+    """What a stack is made of.
+
+    `redis`, `kafka` and `engines` name servers that exist, instead of local ones; one engine per node.
+    """
 
     nodes: int = 4
     dispatchers: int = 2
     broker: BrokerKind = "auto"
     redis: str = ""
     kafka: str = ""
+    engines: tuple[str, ...] = ()
     pool: str = "default"
     partitions: int = 4
     model: str = "sim"
@@ -232,20 +236,27 @@ class LocalStack:
             member.arguments = common
             self.dispatchers.append(member)
         for number in range(1, settings.nodes + 1):
-            engine = Member(f"engine-{number}", folder, "workers_agent.simulator", "--port")
-            engine.arguments = [
-                *("--model", settings.model, "--max-running", str(settings.max_running)),
-                *("--time-scale", str(settings.time_scale), "--decode-step-ms", str(settings.decode_step_ms)),
-                *("--prefill-tokens-per-s", str(settings.prefill_tokens_per_s)),
-            ]
+            engine_url = self._engine_url(number, folder)
             agent = Member(f"agent-{number}", folder, "workers_agent", "--metrics-port")
             agent.arguments = [
                 *common,
-                *("--node", f"node-{number}", "--engine-url", engine.url, "--models", settings.model),
+                *("--node", f"node-{number}", "--engine-url", engine_url, "--models", settings.model),
                 *("--max-running", str(settings.max_running)),
             ]
-            self.engines.append(engine)
             self.agents.append(agent)
+
+    def _engine_url(self, number: int, folder: Path) -> str:
+        settings = self.settings
+        if settings.engines:
+            return settings.engines[(number - 1) % len(settings.engines)]
+        engine = Member(f"engine-{number}", folder, "workers_agent.simulator", "--port")
+        engine.arguments = [
+            *("--model", settings.model, "--max-running", str(settings.max_running)),
+            *("--time-scale", str(settings.time_scale), "--decode-step-ms", str(settings.decode_step_ms)),
+            *("--prefill-tokens-per-s", str(settings.prefill_tokens_per_s)),
+        ]
+        self.engines.append(engine)
+        return engine.url
 
     async def _stop_members(self) -> None:
         """Drain order: agents first, engines last, so that what runs may finish."""

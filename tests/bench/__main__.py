@@ -1,0 +1,38 @@
+"""`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from tests.bench import hops, latency
+from tests.bench.machine import describe_machine
+
+BENCHES = {"latency": latency.run, "hops": hops.run}
+
+
+def main() -> int:
+    """Run the benchmarks named, or all."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all when absent")
+    parser.add_argument("--json", type=Path, metavar="DIR", help="leave one JSON file per benchmark here")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(BENCHES)
+    if unknown:
+        parser.error(f"expected {', '.join(BENCHES)}, seen {', '.join(sorted(unknown))}")
+    machine = describe_machine()
+    print(machine)
+    for name in options.names or BENCHES:
+        print(f"\n{name}", flush=True)
+        result = {"bench": name, "machine": machine, **asyncio.run(BENCHES[name]())}
+        if options.json:
+            options.json.mkdir(parents=True, exist_ok=True)
+            (options.json / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
