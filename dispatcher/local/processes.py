@@ -26,6 +26,7 @@ HOST = "127.0.0.1"
 LOCK_FILE = ".lock"
 LOCK_WAIT_S = 1.0
 """A killed server's own children may hold its lock for a moment longer."""
+FREEZE_WAIT_S = 1.0
 POLL_S = 0.01
 TAIL_BYTES = 4096
 TAIL_LINES = 20
@@ -91,6 +92,7 @@ class ServerProcess:
         self._own_session = own_session
         self._child: subprocess.Popen[bytes] | None = None
         self._log_start = 0
+        self._is_killed = False
 
     @property
     def is_running(self) -> bool:
@@ -119,6 +121,8 @@ class ServerProcess:
             ServerError: the folder is in use, the program is missing, it exited, or it was not ready
                 in time; the last two carry the end of its log.
         """
+        if self._is_killed:
+            await self.wait_exit()
         if self.is_running:
             raise ServerError(f"{self.name} already runs on {self.folder} as pid {self.pid}; stop it first")
         began = time.monotonic()
@@ -152,12 +156,16 @@ class ServerProcess:
             await asyncio.sleep(POLL_S)
 
     def kill(self) -> None:
-        """SIGKILL, without waiting for the end."""
+        """SIGKILL, without waiting for the end; `start` waits for it."""
+        self._is_killed = True
         self._signal(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """SIGSTOP: it keeps its connections and answers nothing."""
+        """SIGSTOP: it keeps its connections and answers nothing; returns once all its threads stand."""
         self._signal(signal.SIGSTOP)
+        until = time.monotonic() + FREEZE_WAIT_S
+        while self.is_running and not _has_stopped(self.pid) and time.monotonic() < until:
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -178,22 +186,19 @@ class ServerProcess:
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         until = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
+        try:
+            while not _try_lock(descriptor):
                 if time.monotonic() > until:
                     holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                    os.close(descriptor)
                     raise ServerError(
                         f"expected {self.folder} to be free for {self.name}, but the process with "
                         f"pid {holder} holds it; stop that process or give another folder"
-                    ) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            await asyncio.sleep(POLL_S)
+                    )
+                await asyncio.sleep(POLL_S)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _spawn(self, argv: Sequence[str], lock: int, environment: Mapping[str, str] | None) -> None:
         with self.log_path.open("ab") as log:
@@ -212,6 +217,7 @@ class ServerProcess:
                 )
             except OSError as error:
                 raise ServerError(f"expected {self.name} to start from {argv[0]}, but: {error}") from error
+        self._is_killed = False
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{self.pid}\n".encode(), 0)
 
@@ -231,6 +237,24 @@ class ServerProcess:
     def _tail(self) -> str:
         lines = self.log_since_start()[-TAIL_BYTES:].splitlines()[-TAIL_LINES:]
         return "".join(f"\n    {line}" for line in [f" The end of {self.log_path}:", *lines])
+
+
+def _has_stopped(pid: int) -> bool:
+    if not hasattr(os, "waitid"):
+        return True
+    options = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        return os.waitid(os.P_PID, pid, options) is not None
+    except ChildProcessError:
+        return True
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 async def accepts_connections(port: int) -> bool:

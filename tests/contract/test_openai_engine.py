@@ -167,12 +167,12 @@ async def test_an_engine_that_falls_silent_is_stalled() -> None:
 
 
 async def test_a_slow_reader_does_not_make_the_engine_stalled() -> None:
-    async with simulator() as (_, url), engine_at(url, inter_token_timeout_s=0.1) as engine:
+    async with simulator() as (_, url), engine_at(url, inter_token_timeout_s=0.3) as engine:
         loop = asyncio.get_running_loop()
         tokens = 0
         async for piece in engine.stream(work(), json.dumps(PROMPT).encode()):
             tokens += piece.tokens
-            until = loop.time() + 0.12
+            until = loop.time() + (0.4 if tokens < 3 else 0)
             await wait_until(lambda until=until: loop.time() > until, "the reader to have been slow")  # type: ignore[misc]
         assert tokens == 6
 
@@ -423,8 +423,8 @@ async def test_faults_on_purpose_are_failures_and_repeat_with_the_seed() -> None
     async def causes(seed: int) -> list[str]:
         seen = []
         async with simulator(fail_rate=0.5, stall_rate=0.2, seed=seed) as (_, url):
-            async with engine_at(url, inter_token_timeout_s=0.1) as engine:
-                for _ in range(20):
+            async with engine_at(url, inter_token_timeout_s=0.5) as engine:
+                for _ in range(12):
                     try:
                         await collect(engine, PROMPT)
                         seen.append("whole")

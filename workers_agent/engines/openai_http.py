@@ -23,7 +23,7 @@ from dispatcher.errors import SettingsError
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
-from dispatcher.protocol.request import Endpoint
+from dispatcher.protocol.request import Count, Endpoint
 from workers_agent.engines.engine import EngineFailure, Piece
 from workers_agent.engines.sse import EventParser
 
@@ -46,12 +46,12 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class _PromptDetails(Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class _Usage(Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
 
@@ -61,7 +61,7 @@ class _Choice(Struct):
     message: dict[str, Raw] | None = None
     text: str | None = None
     logprobs: Raw = Raw(b"null")
-    token_ids: tuple[int, ...] | None = None
+    token_ids: tuple[Count, ...] | None = None
     finish_reason: str | None = None
 
 

@@ -251,7 +251,8 @@ class Simulator:
             raise
         self._runner = runner
         self._advancing = asyncio.create_task(self._advance())
-        return f"http://{host}:{runner.addresses[0][1]}"
+        name = f"[{host}]" if ":" in host else host
+        return f"http://{name}:{runner.addresses[0][1]}"
 
     async def close(self) -> None:
         """Break off what runs and stop serving."""

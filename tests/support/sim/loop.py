@@ -129,9 +129,7 @@ class _NoFiles(selectors.BaseSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """See the module."""
 
-    def __init__(
-        self, *, start_epoch_s: float = START_EPOCH_S, max_iterations: int = MAX_ITERATIONS
-    ) -> None:
+    def __init__(self, *, start_epoch_s: float = START_EPOCH_S, max_iterations: int = MAX_ITERATIONS) -> None:
         self._now = 0.0
         self._start_epoch_s = start_epoch_s
         self._iterations_left = max_iterations
@@ -214,7 +212,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Task[Any]:
         """A task that hashes by age and belongs to the current scope."""
         self._check_closed()  # type: ignore[attr-defined]
-        task: _Task[Any] = _Task(coro, loop=self, name=name or f"task-{next(self._task_names)}", context=context)
+        task: _Task[Any] = _Task(
+            coro, loop=self, name=name or f"task-{next(self._task_names)}", context=context
+        )
         scope = SCOPE.get() if context is None else context.get(SCOPE)
         if scope is not None:
             scope.tasks.add(task)

@@ -264,9 +264,7 @@ class _History:
         """A command that changed data was executed."""
         self._journal.append((now_s, fields))
         if not self._checkpoints:
-            self._checkpoints.append(
-                _Checkpoint(at_s=float("-inf"), data=pickle.dumps({}), journal_length=0)
-            )
+            self._checkpoints.append(_Checkpoint(at_s=float("-inf"), data=pickle.dumps({}), journal_length=0))
             self._started_s = now_s
         last_s = max(self._checkpoints[-1].at_s, self._started_s)
         if now_s - last_s >= self._history_s / 2:
@@ -348,9 +346,7 @@ class SimRedis:
         self._waits_by_key: dict[bytes, dict[asyncio.Future[Any], None]] = {}
         self._direct = _Client(self, None)
 
-    def client(
-        self, process: Process, *, timeout_s: float | None = REDIS_TIMEOUT_S, retries: int = 1
-    ) -> Any:
+    def client(self, process: Process, *, timeout_s: float | None = REDIS_TIMEOUT_S, retries: int = 1) -> Any:
         """What `connect_redis` gives, for a simulated process."""
         return _Client(self, process, timeout_s=timeout_s, retries=retries)
 
