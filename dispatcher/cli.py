@@ -1,7 +1,8 @@
 """`flexlb`: every command of the system.
 
-Commands of other processes (`agent`, `engine-sim`) replace this process by theirs, so that nothing is
-imported across packages. Exit codes: 0 done, 1 findings or a failed run, 2 wrong use or settings.
+A command's module is imported only when it is the one asked for. Commands of other processes (`agent`,
+`engine-sim`) replace this process by theirs, so that nothing is imported across packages. Exit codes:
+0 done, 1 findings or a failed run, 2 wrong use, settings or servers.
 """
 
 from __future__ import annotations
@@ -10,76 +11,95 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 from dispatcher.errors import FlexLBError
 
-Command = Callable[[argparse.Namespace], Awaitable[int]]
 
-FORWARDED = {"agent": "workers_agent", "engine-sim": "workers_agent.simulator"}
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: its module has `configure_<name>(parser)` and `async run_<name>(options) -> int`."""
+
+    name: str
+    text: str
+    module: str
+
+
+COMMANDS = (
+    Command(
+        name="demo",
+        text="run a real workload through a whole stack on this machine, then audit it",
+        module="dispatcher.local.demo",
+    ),
+    Command(name="up", text="run a whole stack on this machine until Ctrl-C", module="dispatcher.local.up"),
+    Command(name="dispatcher", text="run a dispatcher: a standby that may lead", module="dispatcher.serve"),
+    Command(name="init", text="create a pool's topics", module="dispatcher.serve"),
+    Command(
+        name="replay",
+        text="send a trace's requests, open loop, and report",
+        module="dispatcher.replay.command",
+    ),
+    Command(
+        name="audit",
+        text="read the raw topics and name every lost, duplicated or re-executed request",
+        module="dispatcher.audit",
+    ),
+)
+FORWARDED = {
+    "agent": ("run the agent beside an engine", "workers_agent"),
+    "engine-sim": ("run a simulated engine", "workers_agent.simulator"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in FORWARDED:
-        module = FORWARDED[arguments[0]]
+        module = FORWARDED[arguments[0]][1]
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments[1:]])
-    parser = build_parser()
+    parser = build_parser(arguments[0] if arguments else "")
     options = parser.parse_args(arguments)
-    command: Command = options.command
     try:
-        return asyncio.run(_awaited(command, options))
+        code: int = asyncio.run(options.run(options))
+        return code
     except KeyboardInterrupt:
         return 130
     except FlexLBError as error:
-        print(f"flexlb {options.name}: {error}", file=sys.stderr)
-        return 2
+        _complain(options.command, error)
+    except BaseExceptionGroup as group:
+        ours, others = group.split(FlexLBError)
+        if others is not None or ours is None:
+            raise
+        _complain(options.command, ours)
+    return 2
 
 
-async def _awaited(command: Command, options: argparse.Namespace) -> int:
-    return await command(options)
+def _complain(command: str, error: BaseException) -> None:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            _complain(command, one)
+    else:
+        print(f"flexlb {command}: {error}", file=sys.stderr)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(wanted: str) -> argparse.ArgumentParser:
+    """The parser of all commands, with the flags of the one `wanted`."""
     parser = argparse.ArgumentParser(
         prog="flexlb",
         description="Message-queue-driven dispatcher for large-language-model inference.",
         epilog="Start with 'flexlb demo'. Every command explains itself: flexlb COMMAND --help",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
-    from dispatcher.audit import configure_audit, run_audit
-    from dispatcher.local.demo import configure_demo, run_demo
-    from dispatcher.local.up import configure_up, run_up
-    from dispatcher.replay.command import configure_replay, run_replay
-    from dispatcher.serve import configure_dispatcher, configure_init, run_dispatcher, run_init
-
-    table: list[tuple[str, str, Callable[[argparse.ArgumentParser], None], Command]] = [
-        (
-            "demo",
-            "run a real workload through a whole stack on this machine, then audit it",
-            configure_demo,
-            run_demo,
-        ),
-        ("up", "run a whole stack on this machine until Ctrl-C", configure_up, run_up),
-        ("dispatcher", "run a dispatcher: a standby that may lead", configure_dispatcher, run_dispatcher),
-        ("init", "create a pool's topics", configure_init, run_init),
-        ("replay", "send a trace's requests, open loop, and report", configure_replay, run_replay),
-        (
-            "audit",
-            "read the raw topics and name every lost or duplicated request",
-            configure_audit,
-            run_audit,
-        ),
-    ]
-    for name, text, configure, run in table:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        configure(command)
-        command.set_defaults(command=run)
-    for name, text in (
-        ("agent", "run the agent beside an engine"),
-        ("engine-sim", "run a simulated engine"),
-    ):
-        commands.add_parser(name, help=text, add_help=False)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for command in COMMANDS:
+        own = subparsers.add_parser(
+            command.name, help=command.text, description=command.text[0].upper() + command.text[1:] + "."
+        )
+        if command.name == wanted:
+            module = import_module(command.module)
+            getattr(module, f"configure_{command.name}")(own)
+            own.set_defaults(run=getattr(module, f"run_{command.name}"))
+    for name, (text, _) in FORWARDED.items():
+        subparsers.add_parser(name, help=text, add_help=False)
     return parser

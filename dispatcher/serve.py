@@ -16,22 +16,23 @@ from prometheus_client import CollectorRegistry
 from dispatcher.app import Dispatcher
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
+from dispatcher.backends.environment import add_flags, read_settings
 from dispatcher.backends.topics import create_topics
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.names import Names
-from dispatcher.settings import DispatcherSettings, add_settings_flags, read_settings
+from dispatcher.settings import DispatcherSettings
 from dispatcher.telemetry.logging import Log, configure_logging
 from dispatcher.telemetry.metrics import serve_metrics
 
 
 def configure_dispatcher(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb dispatcher`: one per setting."""
-    add_settings_flags(parser)
+    add_flags(parser, DispatcherSettings)
 
 
 async def run_dispatcher(options: argparse.Namespace) -> int:
     """Run a dispatcher until SIGTERM or SIGINT; a leader then resigns at once."""
-    settings = read_settings(vars(options))
+    settings = read_settings(DispatcherSettings, vars(options))
     configure_logging(settings.log_level)
     log = Log(process="dispatcher", pool=settings.pool, host=socket.gethostname(), pid=os.getpid())
     registry = CollectorRegistry()
@@ -70,12 +71,12 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
 
 def configure_init(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb init`."""
-    add_settings_flags(parser, only={"kafka", "pool", "topic_partitions", "topic_replication"})
+    add_flags(parser, DispatcherSettings, only={"kafka", "pool", "topic_partitions", "topic_replication"})
 
 
 async def run_init(options: argparse.Namespace) -> int:
     """Create the topics that do not exist yet."""
-    settings = read_settings(vars(options))
+    settings = read_settings(DispatcherSettings, vars(options))
     created = await create_pool_topics(settings)
     for topic in Names(settings.pool).topics:
         print(f"{topic}: {'created' if topic in created else 'exists'}", file=sys.stdout)

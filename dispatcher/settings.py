@@ -5,14 +5,11 @@ A wrong value stops the process at start with the setting's name, what was expec
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Collection, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dispatcher.errors import SettingsError
 from dispatcher.protocol.names import POOL_PATTERN
 
 
@@ -49,44 +46,3 @@ class DispatcherSettings(BaseSettings):
     topic_replication: int = Field(1, ge=1, le=10, description="replicas of topics that `init` creates")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
     seed: int = Field(0, ge=0, description="seed of random choices, 0 for a fresh one")
-
-
-def add_settings_flags(parser: argparse.ArgumentParser, *, only: Collection[str] | None = None) -> None:
-    """Give `parser` a flag per setting (all, or those named); a flag that is not given stays unset."""
-    for name, field in DispatcherSettings.model_fields.items():
-        if only is not None and name not in only:
-            continue
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar=_metavar(field.annotation),
-            help=f"{field.description} (FLEXLB_{name.upper()}, default {field.default})",
-        )
-
-
-def _metavar(annotation: object) -> str:
-    if annotation is str:
-        return "TEXT"
-    if annotation in (int, float):
-        return "N"
-    return "|".join(str(choice) for choice in get_args(annotation))
-
-
-def read_settings(flags: Mapping[str, object]) -> DispatcherSettings:
-    """Settings from `flags` (as argparse leaves them) over the environment.
-
-    Raises:
-        SettingsError: names each wrong setting, what was expected and what was seen.
-    """
-    given = {name: value for name, value in flags.items() if name in DispatcherSettings.model_fields}
-    try:
-        return DispatcherSettings(**given)  # type: ignore[arg-type]
-    except ValidationError as error:
-        raise SettingsError("\n".join(_problem(problem, given) for problem in error.errors())) from None
-
-
-def _problem(problem: Mapping[str, Any], given: Mapping[str, object]) -> str:
-    name = str(problem["loc"][0]) if problem["loc"] else "settings"
-    where = f"--{name.replace('_', '-')}" if name in given else f"FLEXLB_{name.upper()}"
-    return f"{where}: {problem['msg']}, seen {str(problem['input'])[:80]!r}"

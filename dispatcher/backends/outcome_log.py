@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, NotCoordinatorForGroupError
 from aiokafka.structs import OffsetAndMetadata
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
-from dispatcher.backends.request_log import partitions_of, source_of
+from dispatcher.backends.request_log import source_of
+from dispatcher.backends.topics import partition_counts
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Names
@@ -25,6 +27,7 @@ from dispatcher.protocol.outcome import OutcomeHead
 
 TRANSACTION_TIMEOUT_MS = 30_000
 START_TIMEOUT_S = 30.0
+COORDINATOR_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class CommitNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -134,7 +137,7 @@ class OutcomeLog:
         admin = self._kafka.admin()
         try:
             await admin.start()
-            offsets = await admin.list_consumer_group_offsets(self._names.group)
+            offsets = await self._group_offsets(admin)
         except (KafkaError, OSError) as error:
             raise LogUnavailable(f"finished marks: {error!r}") from error
         finally:
@@ -147,6 +150,21 @@ class OutcomeLog:
                     offset=stored.offset, note=_decode_note(stored.metadata)
                 )
         return found
+
+    async def _group_offsets(self, admin: Any) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Ask again while the coordinator is being made, as it is in a new cluster."""
+        pauses = iter(COORDINATOR_PAUSES_S)
+        while True:
+            try:
+                found: dict[TopicPartition, OffsetAndMetadata] = await admin.list_consumer_group_offsets(
+                    self._names.group
+                )
+                return found
+            except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
 
 
 def _decode_note(metadata: str | bytes | None) -> CommitNote:
@@ -169,10 +187,9 @@ async def read_outcomes(
     consumer = kafka.consumer(group_id=None, isolation_level="read_committed", auto_offset_reset="earliest")
     heads: list[OutcomeHead] = []
     try:
+        count = (await partition_counts(kafka, [names.outcomes]))[names.outcomes]
+        partitions = [TopicPartition(names.outcomes, number) for number in range(count)]
         await consumer.start()
-        partitions = [
-            TopicPartition(names.outcomes, p) for p in await partitions_of(consumer, names.outcomes)
-        ]
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions)

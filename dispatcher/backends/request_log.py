@@ -13,6 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
+from dispatcher.backends.topics import partition_counts
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Lane, Names, Ref
 
@@ -38,6 +39,7 @@ class RequestLog:
 
     def __init__(self, kafka: KafkaClients, names: Names, *, max_batch_bytes: int = 4 << 20) -> None:
         self._names = names
+        self._kafka = kafka
         self._consumer = kafka.consumer(
             group_id=None,
             fetch_max_wait_ms=500,
@@ -56,11 +58,12 @@ class RequestLog:
             LogUnavailable: the broker did not answer or the topics do not exist.
         """
         try:
+            lanes = {self._names.requests(lane): lane for lane in Lane}
+            counts = await partition_counts(self._kafka, [*lanes, self._names.replies])
+            self.reply_partitions = counts[self._names.replies]
             await self._consumer.start()
-            self.reply_partitions = len(await partitions_of(self._consumer, self._names.replies))
-            for lane in Lane:
-                topic = self._names.requests(lane)
-                for partition in await partitions_of(self._consumer, topic):
+            for topic, lane in lanes.items():
+                for partition in range(counts[topic]):
                     self._lanes[TopicPartition(topic, partition)] = lane
             self._consumer.assign(list(self._lanes))
         except (KafkaError, OSError) as error:
@@ -126,25 +129,11 @@ def _traceparent(headers: object) -> str:
     return ""
 
 
-async def partitions_of(consumer: object, topic: str) -> list[int]:
-    """The partitions of a topic, sorted.
-
-    Raises:
-        LogUnavailable: the topic does not exist.
-    """
-    await consumer.topics()  # type: ignore[attr-defined]
-    partitions = consumer.partitions_for_topic(topic)  # type: ignore[attr-defined]
-    if not partitions:
-        raise LogUnavailable(
-            f"topic {topic}: expected it to exist, seen nothing; create it with 'flexlb init'"
-        )
-    return sorted(partitions)
-
-
 class CancelLog:
     """Follows `requests.cancel` from a little before now."""
 
     def __init__(self, kafka: KafkaClients, names: Names) -> None:
+        self._kafka = kafka
         self._topic = names.cancels
         self._consumer = kafka.consumer(
             group_id=None, fetch_max_wait_ms=500, isolation_level="read_committed", auto_offset_reset="latest"
@@ -153,10 +142,9 @@ class CancelLog:
     async def start(self, since_ms: int) -> None:
         """Connect and begin at the first record not older than `since_ms`."""
         try:
+            count = (await partition_counts(self._kafka, [self._topic]))[self._topic]
+            partitions = [TopicPartition(self._topic, number) for number in range(count)]
             await self._consumer.start()
-            partitions = [
-                TopicPartition(self._topic, p) for p in await partitions_of(self._consumer, self._topic)
-            ]
             self._consumer.assign(partitions)
             found = await self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
             ends = await self._consumer.end_offsets(partitions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiokafka.admin import NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
@@ -52,3 +54,26 @@ async def create_topics(
     finally:
         await admin.close()
     return created
+
+
+async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[str, int]:
+    """How many partitions each topic has.
+
+    Raises:
+        LogUnavailable: the broker did not answer, or a topic does not exist (yet).
+    """
+    admin = kafka.admin()
+    try:
+        await admin.start()
+        described = await admin.describe_topics(list(topics))
+    except (KafkaError, OSError) as error:
+        raise LogUnavailable(f"topics: {error!r}") from error
+    finally:
+        await admin.close()
+    counts = {topic["topic"]: len(topic["partitions"]) for topic in described if not topic["error_code"]}
+    for topic in topics:
+        if not counts.get(topic):
+            raise LogUnavailable(
+                f"topic {topic}: expected it to exist, seen nothing; create it with 'flexlb init'"
+            )
+    return counts

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from dispatcher.protocol.names import Ref
-from dispatcher.protocol.request import PROTOCOL_VERSION, BodyRef, Endpoint, ReplyTo
+from dispatcher.protocol.request import NO_BODY, PROTOCOL_VERSION, BodyRef, Endpoint, ReplyTo
 
 ENTRY_POINT = "workers_agent.rq_job.execute"
 """The function that a stock RQ worker calls for a job."""
@@ -51,7 +51,7 @@ class Work(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str
     endpoint: Endpoint
     tenant: str = ""
-    body: msgspec.Raw = msgspec.Raw(b"")
+    body: msgspec.Raw = NO_BODY
     body_ref: BodyRef | None = None
     body_in_request: bool = False
     reply_to: ReplyTo | None = None

@@ -18,6 +18,9 @@ INLINE_BODY_BYTES = 16_384
 """Bodies above this travel by reference."""
 DEFAULT_PRIORITY = 50
 
+NO_BODY = msgspec.Raw(b"")
+"""An absent body: this very object, so that the encoder leaves the field out."""
+
 BlockHash = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 RequestIdText = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -68,7 +71,7 @@ class InferenceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: RequestIdText
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     endpoint: Endpoint
-    body: msgspec.Raw = msgspec.Raw(b"")
+    body: msgspec.Raw = NO_BODY
     body_ref: BodyRef | None = None
     v: int = PROTOCOL_VERSION
     tenant: Annotated[str, Meta(max_length=256)] = ""

@@ -17,7 +17,7 @@ from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Envelope, Work, encode_job_data
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import Reason
-from dispatcher.protocol.request import INLINE_BODY_BYTES, BodyRef, InferenceRequest
+from dispatcher.protocol.request import INLINE_BODY_BYTES, NO_BODY, BodyRef, InferenceRequest
 
 BYTES_PER_TOKEN = 4
 DEFAULT_MAX_TOKENS = 256
@@ -223,7 +223,7 @@ def _admitted(
         model=request.model,
         endpoint=request.endpoint,
         tenant=request.tenant,
-        body=msgspec.Raw(body),
+        body=msgspec.Raw(body) if body else NO_BODY,
         body_ref=body_ref,
         body_in_request=in_request,
         reply_to=request.reply_to,

@@ -68,11 +68,12 @@ class NodeState:
 
 
 class Fleet:
-    """All nodes, with what the leader has bound to them."""
+    """All nodes, with what the leader has bound to them. `version` counts changes of who is there."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, NodeState] = {}
         self._by_model: dict[str, list[NodeState]] = {}
+        self.version = 0
 
     def admit(self, identity: NodeIdentity, now_s: float) -> NodeState:
         """Enter a node, or replace its incarnation; what it holds is kept for the leader to move."""
@@ -90,6 +91,7 @@ class Fleet:
             self._index()
 
     def _index(self) -> None:
+        self.version += 1
         self._by_model = {}
         for node in self.nodes.values():
             for model in node.identity.models:
@@ -98,6 +100,10 @@ class Fleet:
     def serving(self, model: str) -> list[NodeState]:
         """Nodes that serve `model`, whatever their state."""
         return self._by_model.get(model, [])
+
+    def longest_prompt(self, model: str) -> int:
+        """The longest prompt that any node of `model` can hold, in tokens; 0 when nobody serves it."""
+        return max((node.longest_prompt() for node in self.serving(model)), default=0)
 
     def reserve(self, name: str, ref: str, cost_tokens: int) -> None:
         """Count a request on a node: selecting and reserving are one step."""

@@ -173,6 +173,14 @@ def reused_id_message(owner: str) -> str:
     return f"id: already used by record {owner} with another body or reply route; choose a new id"
 
 
+def prompt_too_long_message(envelope: Envelope, longest: int) -> str:
+    """What the sender of a prompt that fits nowhere is told."""
+    return (
+        f"prompt: expected at most {longest} tokens (the largest node of {envelope.model}), "
+        f"seen {envelope.prompt_tokens}"
+    )
+
+
 def _reused_id(ref: Ref, id: str, tenant: str, fingerprint: str, owner: str) -> CloseItem:
     outcome = Outcome(
         id=id,

@@ -10,7 +10,7 @@ import asyncio
 import heapq
 
 from dispatcher.protocol.outcome import OutcomeKind, Reason
-from dispatcher.services.close import Endings
+from dispatcher.services.close import Endings, prompt_too_long_message
 from dispatcher.services.state import LeaderState
 
 TICK_S = 0.1
@@ -24,6 +24,7 @@ class Expire:
         self._state = state
         self._endings = endings
         self._grace_s = unknown_model_grace_s
+        self._checked_version = -1
         self._since = state.clock.monotonic()
 
     async def run(self) -> None:
@@ -33,6 +34,7 @@ class Expire:
             self._deadlines()
             if self._state.clock.monotonic() - self._since >= self._grace_s:
                 self._unknown_models()
+                self._too_long_prompts()
             await self._endings.carry_out()
 
     def _deadlines(self) -> None:
@@ -53,6 +55,18 @@ class Expire:
             self._endings.doom(envelope, OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED, message)
         for entry in later:
             heapq.heappush(state.deadlines, entry)
+
+    def _too_long_prompts(self) -> None:
+        state = self._state
+        if state.fleet.version == self._checked_version:
+            return
+        self._checked_version = state.fleet.version
+        for waiting in state.window:
+            envelope = waiting.envelope
+            longest = state.fleet.longest_prompt(envelope.model)
+            if longest and envelope.tokens_exact and envelope.prompt_tokens > longest:
+                message = prompt_too_long_message(envelope, longest)
+                self._endings.doom(envelope, OutcomeKind.REJECTED, Reason.PROMPT_TOO_LONG, message)
 
     def _unknown_models(self) -> None:
         state = self._state

@@ -16,7 +16,7 @@ from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.cancels import doom_cancelled
-from dispatcher.services.close import Endings, reused_id_message
+from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
 from dispatcher.services.state import LeaderState
 
 READ_LIMIT = 1000
@@ -173,16 +173,14 @@ class Intake:
         return True
 
     async def _is_hopeless(self, record: LogRecord, envelope: Envelope) -> bool:
-        serving = self._state.fleet.serving(envelope.model)
-        longest = max((node.longest_prompt() for node in serving), default=0)
-        if not serving or not envelope.tokens_exact or envelope.prompt_tokens <= longest:
+        longest = self._state.fleet.longest_prompt(envelope.model)
+        if not longest or not envelope.tokens_exact or envelope.prompt_tokens <= longest:
             return False
         await self._refuse(
             record,
             Refused(
                 reason=Reason.PROMPT_TOO_LONG,
-                message=f"prompt: expected at most {longest} tokens (the largest node of {envelope.model}), "
-                f"seen {envelope.prompt_tokens}",
+                message=prompt_too_long_message(envelope, longest),
                 id=envelope.id,
                 tenant=envelope.tenant,
                 fingerprint=envelope.fingerprint,

@@ -47,7 +47,7 @@ asyncio.run(main())
 @pytest.fixture(
     params=[
         pytest.param("apache", marks=pytest.mark.kafka),
-        pytest.param("embedded", marks=pytest.mark.kafka),
+        "embedded",
     ]
 )
 async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
@@ -112,7 +112,7 @@ async def test_valkey_keeps_its_data_and_port_over_kill_and_loses_them_by_wipe(
     await redis_client.set("kept", "yes")
     assert (await redis_client.execute_command("WAITAOF", 1, 0, 10_000))[0] == 1
     valkey.kill()
-    await valkey.restart()
+    await valkey.start()
     assert valkey.url == url
     assert await redis_client.get("kept") == b"yes"
     await valkey.wipe()
@@ -300,7 +300,7 @@ async def test_apache_kafka_keeps_acknowledged_records_and_its_port_over_kill(
     async with AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all") as producer:
         await producer.send_and_wait(pool, b"kept")
         own_kafka.kill()
-    await own_kafka.restart()
+    await own_kafka.start()
     assert own_kafka.bootstrap == bootstrap
     assert await read_committed(bootstrap, pool, 1) == [b"kept"]
     with pytest.raises(ServerError, match=rf"pid {own_kafka.pid} holds it"):
@@ -337,7 +337,7 @@ async def test_auto_choice_names_the_broker_and_the_reason(
         choose_broker("apache", tmp_path)
 
 
-async def test_apache_kafka_without_jars_and_maven_says_so(
+async def test_apache_kafka_says_when_maven_is_missing_or_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     java = tmp_path / "java" / "bin" / "java"
@@ -349,6 +349,12 @@ async def test_apache_kafka_without_jars_and_maven_says_so(
     monkeypatch.setenv("FLEXLB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ServerError, match="no mvn in PATH"):
         await ApacheKafka(tmp_path / "k").start()
+    maven = tmp_path / "mvn"
+    maven.write_text("#!/bin/sh\necho '[ERROR] no route to the repository'\nexit 3\n")
+    maven.chmod(0o755)
+    with pytest.raises(ServerError, match=r"(?s)mvn failed with status 3 .*no route to the repository"):
+        await ApacheKafka(tmp_path / "k").start()
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 async def test_signals_to_a_server_that_never_started_do_nothing(tmp_path: Path) -> None:

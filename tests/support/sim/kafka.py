@@ -239,7 +239,8 @@ class Broker:
         topic = self.topics.get(tp.topic)
         if topic is None or not 0 <= tp.partition < len(topic.partitions):
             raise UnknownTopicOrPartitionError(str(tp))
-        return topic.partitions[tp.partition]
+        partition: Partition = topic.partitions[tp.partition]
+        return partition
 
     def metadata(self) -> dict[str, set[int]]:
         """Every topic's partitions."""
@@ -648,13 +649,30 @@ class _Link:
             self.process, self._server, effect, label=label, timeout_s=timeout_ms / 1000
         )
 
-    async def bootstrap(self) -> dict[str, set[int]]:
-        """The first contact: metadata, or KafkaConnectionError."""
+    async def bootstrap(self) -> None:
+        """The first contact, or KafkaConnectionError."""
         try:
-            metadata: dict[str, set[int]] = await self.ask("metadata", self.broker.metadata)
+            await self.ask("bootstrap", lambda: None)
         except KafkaError as error:
             raise KafkaConnectionError(f"Unable to bootstrap from {self._server.name}: {error!r}") from error
-        return metadata
+
+    async def partitions(self, topic: str, *, timeout_ms: int, backoff_s: float) -> set[int]:
+        """The partitions of a topic; waits for it to exist.
+
+        Raises:
+            UnknownTopicOrPartitionError: it did not within `timeout_ms`.
+        """
+        since_s = self.loop.time()
+        while True:
+            try:
+                metadata = await self.ask("metadata", self.broker.metadata)
+            except KafkaError:
+                metadata = {}
+            if topic in metadata:
+                return set(metadata[topic])
+            if self.loop.time() - since_s > timeout_ms / 1000:
+                raise UnknownTopicOrPartitionError
+            await asyncio.sleep(backoff_s)
 
 
 # The producer
@@ -696,7 +714,7 @@ class SimProducer:
 
     async def start(self) -> None:
         """Connect; a transactional producer fences its predecessor."""
-        self._topics = await self._link.bootstrap()
+        await self._link.bootstrap()
         while self._manager is not None and not self._manager.has_pid():
             try:
                 identity = await self._link.ask(
@@ -740,17 +758,10 @@ class SimProducer:
 
     async def partitions_for(self, topic: str) -> set[int]:
         """The partitions of a topic."""
-        since_s = self._link.loop.time()
-        while topic not in self._topics:
-            try:
-                self._topics = await self._link.ask("metadata", self._link.broker.metadata)
-            except KafkaError:
-                pass
-            if topic in self._topics:
-                break
-            if self._link.loop.time() - since_s > self._request_timeout_ms / 1000:
-                raise UnknownTopicOrPartitionError
-            await asyncio.sleep(self._backoff_s)
+        if topic not in self._topics:
+            self._topics[topic] = await self._link.partitions(
+                topic, timeout_ms=self._request_timeout_ms, backoff_s=self._backoff_s
+            )
         return self._topics[topic]
 
     async def send(
@@ -1049,7 +1060,7 @@ class SimConsumer:
     ) -> None:
         if topics and group_id is not None:
             raise NotImplementedError(
-                "the simulated consumer takes no part in groups; expected assign(), seen topics with a group_id"
+                "the simulated consumer takes no part in groups: expected assign(), seen a group_id"
             )
         self._link = link
         self._subscribed = topics
@@ -1068,15 +1079,20 @@ class SimConsumer:
         self._changed = asyncio.Event()
         self._arrived: dict[asyncio.Future[None], None] = {}
         self._fetcher: asyncio.Task[None] | None = None
+        self._is_metadata_stale = False
         self._closed = False
 
     async def start(self) -> None:
         """Connect."""
-        self._topics = await self._link.bootstrap()
-        if self._subscribed:
-            self.assign(
-                [TopicPartition(t, p) for t in self._subscribed for p in sorted(self._topics.get(t, ()))]
+        await self._link.bootstrap()
+        chosen = []
+        for topic in self._subscribed:
+            self._topics[topic] = await self._link.partitions(
+                topic, timeout_ms=self._request_timeout_ms, backoff_s=self._backoff_s
             )
+            chosen += [TopicPartition(topic, p) for p in sorted(self._topics[topic])]
+        if chosen:
+            self.assign(chosen)
         self._fetcher = asyncio.create_task(self._fetch_until_stopped(), name="kafka fetcher")
 
     async def stop(self) -> None:
@@ -1097,15 +1113,14 @@ class SimConsumer:
     # Metadata
 
     async def topics(self) -> set[str]:
-        """All topics; refreshes what `partitions_for_topic` knows."""
+        """All topics. Teaches `partitions_for_topic` nothing, like aiokafka's."""
         try:
-            self._topics = await self._link.ask("metadata", self._link.broker.metadata)
+            return set(await self._link.ask("metadata", self._link.broker.metadata))
         except KafkaError as error:
             raise KafkaError("Unable to get cluster metadata over all known brokers") from error
-        return set(self._topics)
 
     def partitions_for_topic(self, topic: str) -> set[int] | None:
-        """The partitions of a topic, None when it is unknown."""
+        """The partitions of an assigned topic, some time after `assign`; None of any other."""
         return self._topics.get(topic)
 
     # Assignment and positions
@@ -1114,6 +1129,7 @@ class SimConsumer:
         """Read these partitions, from wherever `seek` or the reset policy says."""
         self._positions = {tp: _Position() for tp in partitions}
         self._buffers.clear()
+        self._is_metadata_stale = True
         self._changed.set()
 
     def assignment(self) -> frozenset[TopicPartition]:
@@ -1354,12 +1370,24 @@ class SimConsumer:
                 for tp, p in self._positions.items()
                 if p.offset is not None and not p.is_paused and tp not in self._buffers
             }
-            if lost:
+            if self._is_metadata_stale:
+                await self._refresh_metadata()
+            elif lost:
                 await self._find_positions(lost)
             elif (pause_s := self._backoff_left_s()) > 0 or not wanted:
                 await self._wait_for_change(pause_s if wanted else None)
             else:
                 await self._fetch(wanted)
+
+    async def _refresh_metadata(self) -> None:
+        topics = {tp.topic for tp in self._positions}
+        try:
+            metadata = await self._link.ask("metadata", self._link.broker.metadata)
+        except KafkaError:
+            await asyncio.sleep(self._backoff_s)
+            return
+        self._topics = {topic: set(metadata[topic]) for topic in topics if topic in metadata}
+        self._is_metadata_stale = False
 
     def _backoff_left_s(self) -> float:
         """While something fetched is not given out, nothing new is fetched for a moment."""
@@ -1490,6 +1518,22 @@ class SimAdmin:
     async def list_topics(self) -> list[str]:
         """Names of all topics."""
         return list(await self._link.ask("metadata", self._link.broker.metadata))
+
+    async def describe_topics(self, topics: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Topics and partitions; error code 3 for a topic that does not exist."""
+        metadata = await self._link.ask("metadata", self._link.broker.metadata)
+        return [
+            {
+                "error_code": 0 if name in metadata else UnknownTopicOrPartitionError.errno,
+                "topic": name,
+                "is_internal": False,
+                "partitions": [
+                    {"error_code": 0, "partition": p, "leader": 1, "replicas": [1], "isr": [1]}
+                    for p in sorted(metadata.get(name, ()))
+                ],
+            }
+            for name in (metadata if topics is None else topics)
+        ]
 
     async def list_consumer_group_offsets(
         self,

@@ -73,7 +73,7 @@ class _Held(Handle):
         if scope is not None and scope.held is not None:
             scope.held.append(self)
         else:
-            super()._run()  # type: ignore[misc]
+            super()._run()
 
 
 class _HeldTimer(TimerHandle):
@@ -82,7 +82,7 @@ class _HeldTimer(TimerHandle):
         if scope is not None and scope.held is not None:
             scope.held.append(self)
         else:
-            super()._run()  # type: ignore[misc]
+            super()._run()
 
 
 _order = itertools.count()
@@ -169,7 +169,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         elif self._at_this_moment > MAX_ITERATIONS_AT_ONE_MOMENT:
             self._at_this_moment = 0
             raise Runaway(
-                f"{MAX_ITERATIONS_AT_ONE_MOMENT} loop iterations while time stood still at {self._now:.3f} s: "
+                f"{MAX_ITERATIONS_AT_ONE_MOMENT} iterations while time stood still at {self._now:.3f} s: "
                 f"a task spins without waiting. {self.describe_tasks()}"
             )
 
@@ -221,7 +221,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             task.add_done_callback(scope.tasks.discard)
         return task
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Any, *args: Any
+    ) -> asyncio.Future[Any]:
         """Call `func` at once: threads have no place in virtual time."""
         future = self.create_future()
         try:

@@ -71,7 +71,9 @@ class Process:
             coro.close()
             raise RuntimeError(f"process {self.name}: expected it alive to spawn a task, seen it killed")
         task = self._loop.create_task(
-            coro, name=f"{self.name}/{name or coro.__qualname__}", context=self._scope.context()
+            coro,
+            name=f"{self.name}/{name or getattr(coro, '__qualname__', 'task')}",
+            context=self._scope.context(),
         )
         task.add_done_callback(self._ended, context=OUTSIDE)
         return task

@@ -81,7 +81,7 @@ def _give_fakeredis_our_clock() -> None:
 _give_fakeredis_our_clock()
 
 
-class _Blocked(NoResponse):  # type: ignore[misc]
+class _Blocked(NoResponse):
     """What a command returns that has to wait. `retry` gives None while there is still nothing."""
 
     def __init__(self, timeout_s: float, retry: Callable[[], Any], empty: Callable[[], Any]) -> None:
@@ -90,7 +90,7 @@ class _Blocked(NoResponse):  # type: ignore[misc]
         self.empty = empty
 
 
-class _Database(Database):  # type: ignore[misc]
+class _Database(Database):
     def __init__(self, touched: dict[bytes, None]) -> None:
         super().__init__(None)
         self._touched = touched
@@ -99,7 +99,7 @@ class _Database(Database):  # type: ignore[misc]
         self._touched[key] = None
 
 
-class _State(FakeServer):  # type: ignore[misc]
+class _State(FakeServer):
     """fakeredis's data, noting which keys a command touched."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class _Scripts:
 _scripts = functools.cache(_Scripts)
 
 
-class _Socket(FakeSocket):  # type: ignore[misc]
+class _Socket(FakeSocket):
     """fakeredis's commands, called directly; blocking ones say so instead of waiting."""
 
     _server: _State
@@ -521,14 +521,14 @@ class _Client(redis.asyncio.Redis):
         self._process = process
         self._timeout_s = timeout_s
         self._retries = retries
-        self._encode = self.connection_pool.get_encoder().encode
+        self._encode = self.connection_pool.get_encoder().encode  # type: ignore[no-untyped-call]
 
     def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
         """A command as it goes over the wire."""
         name, *rest = arguments
         return [*name.encode().split(), *(bytes(self._encode(value)) for value in rest)]
 
-    def parsed(self, name: str, answer: Any, options: dict[str, Any]) -> Any:
+    def parsed(self, name: str | bytes, answer: Any, options: dict[str, Any]) -> Any:
         """An answer as redis-py's methods give it."""
         options.pop("keys", None)
         callback = self.response_callbacks.get(name)

@@ -1,0 +1,268 @@
+"""A dispatcher on a real Kafka and a real Valkey: what comes in, what comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from dispatcher.backends.connect import KafkaClients
+from dispatcher.local.valkey import ValkeyServer
+from dispatcher.protocol.names import Lane
+from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
+from tests.support.pool import Pool, ScriptedNode, request
+from tests.support.wait import wait_until
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+async def served(kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str) -> AsyncIterator[Pool]:
+    """A pool with one dispatcher and one node that answers at once."""
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        node = ScriptedNode(one, "n1", max_model_len=1000)
+        async with one.running(one.dispatcher()), one.running(node):
+            yield one
+
+
+async def test_request_becomes_one_outcome(served: Pool) -> None:
+    await served.append(request("r1"))
+    outcome = await served.outcome("r1")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.COMPLETED, Reason.FINISHED)
+    await served.append(request("r2"), lane=Lane.BATCH)
+    assert (await served.outcome("r2")).kind is OutcomeKind.COMPLETED
+    assert len(served.outcomes) == 2
+
+
+BAD_INPUT: list[tuple[str, Any, Reason, str]] = [
+    ("wrong type", {"priority": "high"}, Reason.MALFORMED, "$.priority"),
+    ("priority out of range", {"priority": 101}, Reason.MALFORMED, "<= 100"),
+    ("missing body", {"body": None}, Reason.MALFORMED, "body"),
+    ("body is a list", {"body": [1]}, Reason.MALFORMED, "$.body"),
+    ("unknown endpoint", {"endpoint": "/admin"}, Reason.MALFORMED, "$.endpoint"),
+    ("unknown model", {"model": "gpt-9"}, Reason.UNKNOWN_MODEL, "expected one of m"),
+    ("prompt too long", {"tokens": {"count": 1001}}, Reason.PROMPT_TOO_LONG, "at most 1000 tokens"),
+    ("negative deadline", {"deadline_ms": -1}, Reason.INVALID_DEADLINE, "seen -1"),
+    ("deadline too long", {"deadline_ms": 10**9}, Reason.INVALID_DEADLINE, "seen 1000000000"),
+    ("unknown reply topic", {"reply_to": {"topic": "nowhere"}}, Reason.REPLY_ROUTE_UNKNOWN, "nowhere"),
+    ("unknown reply partition", {"reply_to": {"partition": 7}}, Reason.REPLY_ROUTE_UNKNOWN, "0 to 1"),
+    ("later version", {"v": 99}, Reason.UNSUPPORTED_VERSION, "newer than 1"),
+    (
+        "foreign body topic",
+        {
+            "body": None,
+            "body_ref": {"topic": "x", "partition": 0, "offset": 0, "bytes": 1, "sha256": "0" * 64},
+        },
+        Reason.BODY_UNREADABLE,
+        "body_ref.topic",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "words"), [case[1:] for case in BAD_INPUT], ids=[c[0] for c in BAD_INPUT]
+)
+async def test_bad_input_is_rejected_in_words(served: Pool, fields: Any, reason: Reason, words: str) -> None:
+    record = {name: value for name, value in request("bad", **fields).items() if value is not None}
+    await served.append(record)
+    await served.append(request("good"))
+    outcome = await served.outcome("bad")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.REJECTED, reason)
+    assert words in outcome.message
+    assert (await served.outcome("good")).kind is OutcomeKind.COMPLETED
+
+
+async def test_poison_is_dead_lettered_and_costs_nobody(served: Pool) -> None:
+    deep = (
+        b'{"id":"deep","model":"m","endpoint":"/v1/completions","body":'
+        + b'{"a":' * 5000
+        + b"1"
+        + b"}" * 5000
+        + b"}"
+    )
+    poison = [b"{", b"\xff\xfe", b"[]", b"null", b'{"id": 5}', b'{"no": "id"}', deep]
+    for value in poison:
+        await served.append(value)
+    await served.append(b"{broken", key=b"named-by-key")
+    await served.append(request("good"))
+    assert (await served.outcome("good")).kind is OutcomeKind.COMPLETED
+    assert (await served.outcome("named-by-key")).reason is Reason.MALFORMED
+    await wait_until(lambda: len(served.dead) >= 7, "the poison in the dead letters")
+    assert all(letter.message for letter in served.dead)
+    assert {letter.record_base64 for letter in served.dead} >= {"ew==", "//4=", "W10="}
+
+
+async def test_ten_megabyte_record_is_refused_by_size(served: Pool) -> None:
+    await served.append(request("huge", body={"prompt": "x" * (10 << 20)}))
+    outcome = await served.outcome("huge")
+    assert outcome.reason is Reason.TOO_LARGE
+    assert "expected at most 1048576 bytes" in outcome.message
+
+
+async def test_repeated_record_is_coalesced(served: Pool) -> None:
+    for _ in range(3):
+        await served.append(request("twice"))
+    await served.outcome("twice")
+    await served.append(request("twice"))
+    await served.append(request("after"))
+    await served.outcome("after")
+    assert len(served.of("twice")) == 1
+
+
+async def test_reused_id_is_rejected_and_tenants_are_apart(served: Pool) -> None:
+    await served.append(request("same"))
+    await served.outcome("same")
+    await served.append(request("same", body={"prompt": "other", "max_tokens": 1}))
+    await served.append(request("same", tenant="b"))
+    assert (await served.outcome("same", "b")).kind is OutcomeKind.COMPLETED
+    await wait_until(lambda: len(served.of("same")) == 2, "the answer to the reuse")
+    assert served.of("same")[1].reason is Reason.ID_IN_USE
+
+
+async def test_hostile_ids_reach_no_name(served: Pool) -> None:
+    ids = ["../../etc", "a:b:c", "x\ny", "'; FLUSHALL; --", "{}*?[]", "é" * 100, " ", "--", "🦊"]
+    for id in ids:
+        await served.append(request(id))
+    for id in ids:
+        assert (await served.outcome(id)).kind is OutcomeKind.COMPLETED
+    keys = {key.decode() for key in await served.redis.keys("*")}
+    assert all(key.isascii() and "etc" not in key and "FLUSHALL" not in key for key in keys)
+
+
+async def test_large_body_travels_by_reference(served: Pool) -> None:
+    prompt = "y" * 200_000
+    await served.append(request("large", body={"prompt": prompt, "max_tokens": 1}, tokens={"count": 900}))
+    assert (await served.outcome("large")).kind is OutcomeKind.COMPLETED
+
+
+async def test_waiting_request_is_cancelled_by_its_tenant_only(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+        await one.cancel("early", "t")
+        await one.append(request("early", tenant="t"))
+        await one.append(request("kept", tenant="t"))
+        await one.append(request("dropped", tenant="t"))
+        await one.cancel("kept", "somebody-else")
+        await one.cancel("dropped", "t")
+        assert (await one.outcome("early", "t")).kind is OutcomeKind.CANCELLED
+        assert (await one.outcome("dropped", "t")).kind is OutcomeKind.CANCELLED
+        async with one.running(ScriptedNode(one, "n1")):
+            assert (await one.outcome("kept", "t")).kind is OutcomeKind.COMPLETED
+
+
+async def test_deadline_ends_a_waiting_and_a_running_request(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+        await one.append(request("late", deadline_ms=1))
+        assert (await one.outcome("late")).reason in {Reason.DEADLINE_PASSED, Reason.DEADLINE_EXCEEDED}
+        await one.append(request("waits", deadline_ms=1000))
+        assert (await one.outcome("waits")).reason is Reason.DEADLINE_EXCEEDED
+        node = ScriptedNode(one, "n1")
+        node.holds = True
+        async with one.running(node):
+            await one.append(request("runs", deadline_ms=1500))
+            assert (await one.outcome("runs")).reason is Reason.DEADLINE_EXCEEDED
+            assert await node.finish() == ["lost"]
+
+
+async def test_urgent_request_behind_100_000_is_bound_next(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        ordinary = [json.dumps(request(f"o{number}", priority=50)).encode() for number in range(100_000)]
+        await one.append_many([*ordinary, json.dumps(request("urgent", priority=90)).encode()])
+        dispatcher = one.dispatcher()
+        async with one.running(dispatcher):
+
+            def has_read_all() -> bool:
+                return dispatcher.state is not None and len(dispatcher.state.window) == 100_001
+
+            await wait_until(has_read_all, "the window to hold everything", timeout_s=60)
+            node = ScriptedNode(one, "n1", max_running=1)
+            node.holds = True
+            async with one.running(node):
+                await wait_until(lambda: bool(node.works), "the first claim")
+                assert node.works[0].id == "urgent"
+
+
+async def test_window_is_bounded_and_reads_on(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool, window_requests=1000) as one:
+        await one.append_many([json.dumps(request(f"w{number}")).encode() for number in range(5000)])
+        dispatcher = one.dispatcher()
+        async with one.running(dispatcher):
+            await wait_until(
+                lambda: dispatcher.state is not None and len(dispatcher.state.window) >= 1000, "a full window"
+            )
+            assert dispatcher.state is not None
+            assert len(dispatcher.state.window) <= 2000
+            async with one.running(ScriptedNode(one, "n1", max_running=512)):
+                await wait_until(lambda: len(one.outcomes) == 5000, "all answers", timeout_s=60)
+
+
+async def test_failing_attempts_go_elsewhere_then_to_the_dead_letters(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+        nodes = [ScriptedNode(one, "n1"), ScriptedNode(one, "n2")]
+        for node in nodes:
+            node.holds = True
+        async with one.running(nodes[0]), one.running(nodes[1]):
+            await one.append(request("fails"))
+            used = []
+            for _ in range(4):
+                await wait_until(lambda: any(node.claimed for node in nodes), "an attempt")
+                node = next(node for node in nodes if node.claimed)
+                used.append(node.name)
+                job = node.claimed.pop()
+                ending = node.failed(job, FailureCause.ENGINE_ERROR)
+                assert await node.store.complete(node.incarnation, [ending]) == ["ok"]
+            outcome = await one.outcome("fails")
+            assert outcome.reason is Reason.ATTEMPTS_EXHAUSTED
+            assert used[0] != used[1]
+            await wait_until(lambda: bool(one.dead), "a dead letter")
+            assert one.dead[0].id == "fails"
+
+
+async def test_silent_node_is_fenced_and_its_work_moves(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with (
+        Pool(kafka_clients, valkey.url, pool, heartbeat_ttl_s=1.0) as one,
+        one.running(one.dispatcher()),
+    ):
+        silent = ScriptedNode(one, "n1")
+        silent.holds = True
+        async with one.running(silent):
+            await one.append(request("moves"))
+            await wait_until(lambda: bool(silent.claimed), "the claim")
+        async with one.running(ScriptedNode(one, "n2")):
+            outcome = await one.outcome("moves")
+            assert outcome.node == "n2"
+            assert len(one.of("moves")) == 1
+
+
+async def test_all_redis_data_lost_runs_only_the_rest_again(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+        async with one.running(ScriptedNode(one, "n1")):
+            for number in range(20):
+                await one.append(request(f"before{number}"))
+            for number in range(20):
+                await one.outcome(f"before{number}")
+        for number in range(5):
+            await one.append(request(f"during{number}"))
+        await one.redis.flushall()
+        async with one.running(ScriptedNode(one, "n2")):
+            for number in range(5):
+                await one.outcome(f"during{number}")
+            await one.append(request("before3"))
+            await one.append(request("last"))
+            await one.outcome("last")
+        assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
