@@ -18,31 +18,45 @@ class DispatcherSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)
 
-    redis: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
-    kafka: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
-    pool: str = Field("default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served")
+    redis: str = Field(default="redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
+    kafka: str = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
+    pool: str = Field(
+        default="default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served"
+    )
     policy: Literal["least_outstanding_tokens", "random"] = Field(
-        "least_outstanding_tokens", description="how a node is chosen"
+        default="least_outstanding_tokens", description="how a node is chosen"
     )
-    metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics and /health, 0 for any")
-    metrics_host: str = Field("127.0.0.1", description="address of /metrics and /health")
-    leader_ttl_s: float = Field(3.0, ge=0.2, le=60, description="leader lock TTL, seconds")
-    heartbeat_ttl_s: float = Field(2.0, ge=0.2, le=60, description="silence that fences a node, seconds")
-    claim_lease_s: float = Field(10.0, ge=1, le=600, description="lease of a claimed job, seconds")
-    window_requests: int = Field(200_000, ge=1, le=10_000_000, description="envelopes kept in memory")
-    window_bytes: int = Field(256 << 20, ge=1 << 16, description="bytes of envelopes kept in memory")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="port of /metrics and /health, 0 for any"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="address of /metrics and /health")
+    leader_ttl_s: float = Field(default=3.0, ge=0.2, le=60, description="leader lock TTL, seconds")
+    heartbeat_ttl_s: float = Field(
+        default=2.0, ge=0.2, le=60, description="silence that fences a node, seconds"
+    )
+    claim_lease_s: float = Field(default=10.0, ge=1, le=600, description="lease of a claimed job, seconds")
+    window_requests: int = Field(default=200_000, ge=1, le=10_000_000, description="envelopes kept in memory")
+    window_bytes: int = Field(default=256 << 20, ge=1 << 16, description="bytes of envelopes kept in memory")
     carried_bytes: int = Field(
-        64 << 20, ge=0, description="bytes of small bodies kept in memory; beyond, by reference"
+        default=64 << 20, ge=0, description="bytes of small bodies kept in memory; beyond, by reference"
     )
-    span_limit: int = Field(1_000_000, ge=100, description="offsets read ahead of the assigned mark")
-    assign_batch: int = Field(128, ge=1, le=1024, description="requests bound by one script call")
-    max_record_bytes: int = Field(1 << 20, ge=1024, description="largest request record, bytes")
-    default_deadline_s: float = Field(600, ge=1, le=86_400, description="deadline of requests without one")
-    max_deadline_s: float = Field(86_400, ge=1, le=604_800, description="longest deadline accepted")
+    span_limit: int = Field(default=1_000_000, ge=100, description="offsets read ahead of the assigned mark")
+    assign_batch: int = Field(default=128, ge=1, le=1024, description="requests bound by one script call")
+    max_record_bytes: int = Field(default=1 << 20, ge=1024, description="largest request record, bytes")
+    default_deadline_s: float = Field(
+        default=600, ge=1, le=86_400, description="deadline of requests without one"
+    )
+    max_deadline_s: float = Field(default=86_400, ge=1, le=604_800, description="longest deadline accepted")
     unknown_model_grace_s: float = Field(
-        5.0, ge=0, le=3600, description="wait before a model that no node serves is refused"
+        default=5.0, ge=0, le=3600, description="wait before a model that no node serves is refused"
     )
-    topic_partitions: int = Field(4, ge=1, le=1000, description="partitions of topics that `init` creates")
-    topic_replication: int = Field(1, ge=1, le=10, description="replicas of topics that `init` creates")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
-    seed: int = Field(0, ge=0, description="seed of random choices, 0 for a fresh one")
+    topic_partitions: int = Field(
+        default=4, ge=1, le=1000, description="partitions of topics that `init` creates"
+    )
+    topic_replication: int = Field(
+        default=1, ge=1, le=10, description="replicas of topics that `init` creates"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="least level logged"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of random choices, 0 for a fresh one")

@@ -21,7 +21,7 @@ class _PromptWrites:
 
     socket_timeout: float | None
     is_connected: bool
-    _writer: asyncio.StreamWriter
+    _writer: Any
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True

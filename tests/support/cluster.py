@@ -272,7 +272,7 @@ class Cluster:
         process = self.processes[name]
         if process.is_alive and not process.is_frozen:
             self.note(f"freeze {name} for {seconds}")
-            process.freeze_for(seconds)
+            process.freeze(seconds)
 
     def _restart_redis(self) -> None:
         self.note("restart redis")

@@ -1374,7 +1374,7 @@ class SimConsumer:
                 await self._refresh_metadata()
             elif lost:
                 await self._find_positions(lost)
-            elif (pause_s := self._backoff_left_s()) > 0 or not wanted:
+            elif (pause_s := self._backoff_left_s()) > 1e-6 or not wanted:
                 await self._wait_for_change(pause_s if wanted else None)
             else:
                 await self._fetch(wanted)

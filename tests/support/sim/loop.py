@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 START_EPOCH_S = 1_800_000_000.0
 MAX_ITERATIONS = 20_000_000
-MAX_ITERATIONS_AT_ONE_MOMENT = 100_000
+MAX_ITERATIONS_WITHOUT_WAITING = 100_000
+ITERATIONS_AT_ONE_MOMENT = 100
+"""After so many, each takes a microsecond: who waits for less than floats can tell would wait for ever."""
 SHUTDOWN_ITERATIONS = 100_000
 
 
@@ -134,7 +136,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._start_epoch_s = start_epoch_s
         self._iterations_left = max_iterations
         self._max_iterations = max_iterations
-        self._at_this_moment = 0
+        self._without_waiting = 0
         self._task_names = itertools.count(1)
         global _order
         _order = itertools.count()
@@ -151,7 +153,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _wait(self, timeout: float | None) -> None:
         self._iterations_left -= 1
-        self._at_this_moment += 1
+        self._without_waiting += 1
         if self._iterations_left < 0:
             self._iterations_left = SHUTDOWN_ITERATIONS
             raise Runaway(
@@ -165,12 +167,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             )
         if timeout > 0:
             self._now += timeout
-            self._at_this_moment = 0
-        elif self._at_this_moment > MAX_ITERATIONS_AT_ONE_MOMENT:
-            self._at_this_moment = 0
+            self._without_waiting = 0
+            return
+        if self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
+            self._now += 1e-6
+        if self._without_waiting > MAX_ITERATIONS_WITHOUT_WAITING:
+            self._without_waiting = 0
             raise Runaway(
-                f"{MAX_ITERATIONS_AT_ONE_MOMENT} iterations while time stood still at {self._now:.3f} s: "
-                f"a task spins without waiting. {self.describe_tasks()}"
+                f"{MAX_ITERATIONS_WITHOUT_WAITING} loop iterations in a row without waiting, "
+                f"at {self._now:.3f} s: a task spins. {self.describe_tasks()}"
             )
 
     def describe_tasks(self) -> str:
@@ -253,7 +258,7 @@ def run(
 
     Raises:
         Deadlock: every task waits and no timer is set; names the tasks.
-        Runaway: more than `max_iterations`, or time stands still.
+        Runaway: more than `max_iterations`, or a task spins.
     """
 
     def new_loop() -> VirtualLoop:

@@ -19,10 +19,6 @@ from dispatcher.backends.clock import Clock
 from tests.support.sim.loop import OUTSIDE, Scope, VirtualLoop
 
 
-class Killed(asyncio.CancelledError):
-    """The process is dead: nothing it still tries to do happens."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """What the network does to a message; shares are probabilities per message.
@@ -45,6 +41,31 @@ CALM = Profile()
 ROUGH = Profile(slow_share=0.05, stall_share=0.001, cut_share=0.005)
 
 
+class _Window:
+    """A fault that lasts a while; overlapping ones end with the last."""
+
+    def __init__(self, loop: VirtualLoop, end: Callable[[], None]) -> None:
+        self._loop = loop
+        self._end = end
+        self._until_s = 0.0
+
+    def extend(self, seconds: float | None) -> None:
+        """Last at least `seconds` from now, or until closed by hand."""
+        if seconds is None:
+            self._until_s = float("inf")
+            return
+        self._until_s = max(self._until_s, self._loop.time() + seconds)
+        self._loop.call_at(self._until_s, self._over, context=OUTSIDE)
+
+    def close(self) -> None:
+        """It is over; what was scheduled means nothing any more."""
+        self._until_s = 0.0
+
+    def _over(self) -> None:
+        if 0.0 < self._until_s <= self._loop.time() + 1e-9:
+            self._end()
+
+
 class Process:
     """One simulated OS process: whatever is spawned in it lives, freezes and dies with it."""
 
@@ -59,6 +80,7 @@ class Process:
         self._awake = asyncio.Event()
         self._awake.set()
         self._calls: dict[Call, None] = {}
+        self._frozen = _Window(loop, self.thaw)
 
     @property
     def is_frozen(self) -> bool:
@@ -79,19 +101,19 @@ class Process:
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not task.cancelled() and (error := task.exception()) is not None and self.is_alive:
             self.failures.append(error)
 
     async def running(self) -> None:
         """Wait while frozen.
 
         Raises:
-            Killed: the process is dead.
+            CancelledError: the process is dead. Not a class of our own: `TaskGroup` knows only this one.
         """
         while self.is_alive and self.is_frozen:
             await self._awake.wait()
         if not self.is_alive:
-            raise Killed(f"process {self.name} was killed")
+            raise asyncio.CancelledError(f"process {self.name} was killed")
 
     def kill(self) -> None:
         """kill -9: every task is cancelled, and nothing that they still send leaves the process."""
@@ -102,20 +124,18 @@ class Process:
         for call in list(self._calls):
             call.leave()
 
-    def freeze(self) -> None:
-        """SIGSTOP: no callback of the process runs; what it has sent goes its way."""
-        self._awake.clear()
-        self._scope.hold()
+    def freeze(self, seconds: float | None = None) -> None:
+        """SIGSTOP: none of its callbacks runs, what it sent goes its way. SIGCONT after `seconds`."""
+        if self.is_alive:
+            self._frozen.extend(seconds)
+            self._awake.clear()
+            self._scope.hold()
 
     def thaw(self) -> None:
         """SIGCONT."""
+        self._frozen.close()
         self._awake.set()
         self._scope.release(self._loop)
-
-    def freeze_for(self, seconds: float) -> None:
-        """Freeze now and thaw after `seconds`."""
-        self.freeze()
-        self._loop.call_later(seconds, self.thaw, context=OUTSIDE)
 
 
 class Server:
@@ -140,6 +160,8 @@ class Server:
         self._loop = loop
         self._later: list[Callable[[], None]] | None = None
         self._waiting: dict[Call, None] = {}
+        self._down = _Window(loop, self.up)
+        self._frozen = _Window(loop, self.thaw)
 
     def down(self, seconds: float | None = None) -> None:
         """Refuse everything from now on; open connections break. Up again after `seconds`, if given."""
@@ -148,22 +170,22 @@ class Server:
         self.thaw()
         for call in list(self._waiting):
             call.break_off(f"{self.name}: connection reset")
-        if seconds is not None:
-            self._loop.call_later(seconds, self.up, context=OUTSIDE)
+        self._down.extend(seconds)
 
     def up(self) -> None:
         """Answer again."""
+        self._down.close()
         self.is_up = True
 
     def freeze(self, seconds: float | None = None) -> None:
         """Keep what arrives and do nothing; go on after `seconds`, if given."""
         if self._later is None:
             self._later = []
-        if seconds is not None:
-            self._loop.call_later(seconds, self.thaw, context=OUTSIDE)
+        self._frozen.extend(seconds)
 
     def thaw(self) -> None:
         """Do what was kept, in order."""
+        self._frozen.close()
         later, self._later = self._later or [], None
         for step in later:
             step()
@@ -299,7 +321,7 @@ class Network:
         Raises:
             server.refused: the connection broke; the effect may have happened or not.
             server.timed_out: no answer within `timeout_s`; the same, and it may still come.
-            Killed: the process is dead.
+            CancelledError: the process is dead.
         """
         await process.running()
         call = Call(self, process, server, effect, label)

@@ -108,6 +108,12 @@ class _State(FakeServer):
         self.is_full = False
         self.dbs = defaultdict(lambda: _Database(self.touched))
 
+    def wipe(self) -> None:
+        """Lose all data."""
+        for database in self.dbs.values():
+            database._dict.clear()
+            database._expiry_heap.clear()
+
 
 class _Scripts:
     """One Lua runtime and the functions compiled in it."""
@@ -262,6 +268,8 @@ class _History:
 
     def note(self, state: _State, fields: list[bytes], now_s: float) -> None:
         """A command that changed data was executed."""
+        if self._history_s <= 0:
+            return
         self._journal.append((now_s, fields))
         if not self._checkpoints:
             self._checkpoints.append(_Checkpoint(at_s=float("-inf"), data=pickle.dumps({}), journal_length=0))
@@ -315,7 +323,7 @@ def _dump(state: _State) -> bytes:
 
 
 def _load(state: _State, data: bytes) -> None:
-    state.dbs.clear()
+    state.wipe()
     for number, items in pickle.loads(data).items():
         database = state.dbs[number]
         for key, (value, expireat) in items.items():
@@ -367,19 +375,16 @@ class SimRedis:
             lose_last_s: what an append-only file had not yet got on disk; at most `history_s`.
             down_s: how long it refuses connections.
         """
-        self.server.down()
+        self.server.down(down_s or None)
         state = self._state
         state.script_cache.clear()
         if not keep_data:
-            state.dbs.clear()
+            state.wipe()
             self._history.forget()
         elif lose_last_s > 0:
             self._history.restore(state, self._socket, self._network.loop.epoch_s() - lose_last_s)
-        self._socket._db = state.dbs[0]
         state.touched.clear()
-        if down_s > 0:
-            self._network.loop.call_later(down_s, self.server.up, context=OUTSIDE)
-        else:
+        if down_s <= 0:
             self.server.up()
 
     def freeze(self, seconds: float | None = None) -> None:
@@ -505,6 +510,11 @@ def _keys_waited_for(fields: list[bytes]) -> list[bytes]:
     raise NotImplementedError(f"{name.decode()}: the simulated Redis does not know which keys it waits for")
 
 
+def _label(arguments: tuple[Any, ...]) -> str:
+    about = arguments[3:4] if arguments[0] in {"EVAL", "EVALSHA"} else arguments[1:2]
+    return " ".join(str(part)[:60] for part in (arguments[0], *about))
+
+
 class _Client(redis.asyncio.Redis):
     """redis-py's client over the simulated network."""
 
@@ -537,7 +547,7 @@ class _Client(redis.asyncio.Redis):
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
         """Send one command."""
         fields = self.encoded(arguments)
-        answer = await self.send(lambda: self._sim.execute(fields), arguments[0])
+        answer = await self.send(lambda: self._sim.execute(fields), _label(arguments))
         return self.parsed(arguments[0], answer, options)
 
     async def send(self, effect: Callable[[], Any], label: str) -> Any:
