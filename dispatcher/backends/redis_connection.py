@@ -8,6 +8,7 @@ a task for each command. This write is the same without both.
 from __future__ import annotations
 
 import asyncio
+import builtins
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,12 +29,12 @@ class _PromptWrites:
     ) -> None:
         if not self.is_connected:
             await self.connect_check_health(check_health=False)  # type: ignore[attr-defined]
-        parts = [command.encode() if isinstance(command, str) else command]
+        encoded = command.encode() if isinstance(command, str) else command
         try:
-            self._writer.writelines(parts if isinstance(parts[0], bytes) else command)  # type: ignore[arg-type]
+            self._writer.writelines([encoded] if isinstance(encoded, bytes) else encoded)
             async with asyncio.timeout(self.socket_timeout):
                 await self._writer.drain()
-        except builtin_timeout:
+        except builtins.TimeoutError:
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]
             raise TimeoutError("Timeout writing to socket") from None
         except OSError as error:
@@ -42,9 +43,6 @@ class _PromptWrites:
         except BaseException:
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]
             raise
-
-
-builtin_timeout = asyncio.TimeoutError
 
 
 class _Tcp(_PromptWrites, Connection):

@@ -85,6 +85,11 @@ class SourceProgress:
             self._open.discard(offset)
             heapq.heappush(self._answered_above, (transaction, offset))
 
+    def excuse(self, offset: int) -> None:
+        """Note that it needs no outcome of its own: it repeats another record."""
+        self._untaken.discard(offset)
+        self._open.discard(offset)
+
     @property
     def assigned(self) -> int:
         """The *assigned* mark."""

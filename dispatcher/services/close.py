@@ -48,7 +48,7 @@ class Endings:
             progress = self._state.progress_of(item.ref)
             progress.take(item.ref.offset)
             if item.kind == "none":
-                progress.finish(item.ref.offset, 0)
+                progress.excuse(item.ref.offset)
 
     def duplicate_item(self, item: CloseItem, owner: str, owner_print: str) -> CloseItem:
         """The ending of a record whose (tenant, id) belongs to the record `owner`."""

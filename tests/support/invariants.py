@@ -218,15 +218,27 @@ class Invariants:
 
     def _answered(self) -> Counter[str]:
         answered: Counter[str] = Counter()
-        for record in self._kafka.committed(self._names.outcomes):
-            assert record.value is not None
-            answered[codec.outcome_heads.decode(record.value).ref] += 1
-        for record in self._kafka.committed(self._names.dead):
-            assert record.value is not None
-            letter = codec.dead_letters.decode(record.value)
+        for value in self._decided(self._names.outcomes):
+            answered[codec.outcome_heads.decode(value).ref] += 1
+        for value in self._decided(self._names.dead):
+            letter = codec.dead_letters.decode(value)
             if not letter.id:
                 answered[letter.ref] += 1
         return answered
+
+    def _decided(self, topic: str) -> list[bytes]:
+        """Records whose commit is decided, also where its markers are still to be written."""
+        found = []
+        for partition in self._kafka.broker.topics[topic].partitions:
+            stable = partition.stable_end
+            for entry in partition.entries:
+                transaction = entry.transaction
+                if entry.is_control or (transaction is not None and transaction.is_aborted):
+                    continue
+                is_ending = transaction is not None and transaction.markers_to_write > 0
+                if (entry.offset < stable or is_ending) and entry.value is not None:
+                    found.append(entry.value)
+        return found
 
     def unanswered(self) -> list[str]:
         """Refs that still lack what they should come to."""
