@@ -86,9 +86,15 @@ class LeaderStore:
         return answer
 
     async def assign(
-        self, items: Sequence[AssignItem], marks: Mapping[str, int], *, now_iso: str
+        self, items: Sequence[AssignItem], marks: Mapping[str, int], *, counter: int, now_iso: str
     ) -> tuple[int, list[str]]:
-        """Bind `items` and advance *assigned* marks: the generation's counter, answers as in assign.lua."""
+        """Bind `items` and advance *assigned* marks: the generation's counter, answers as in assign.lua.
+
+        Args:
+            counter: the highest counter seen of this generation.
+        Raises:
+            GenerationLost: Redis has a lower one.
+        """
         names = self.names
         arguments: list[Argument] = [
             names.prefix,
@@ -97,6 +103,7 @@ class LeaderStore:
             IDENTITY_WINDOW_MS,
             len(marks),
             len(items),
+            counter,
         ]
         for source, low in marks.items():
             arguments += (source, low)

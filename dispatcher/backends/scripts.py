@@ -21,7 +21,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from dispatcher.errors import Deposed, Fenced, StoreFull, StoreRefused, StoreUnavailable
+from dispatcher.errors import Deposed, Fenced, GenerationLost, StoreFull, StoreRefused, StoreUnavailable
 
 Redis = Any
 """A `redis.asyncio.Redis` (or the simulation's): its stubs mix str and bytes, ours are bytes only."""
@@ -42,6 +42,8 @@ def translate(error: RedisError, doing: str) -> Exception:
     text = str(error)
     if text.startswith("DEPOSED"):
         return Deposed(text)
+    if text.startswith("REWOUND"):
+        return GenerationLost(text)
     if text.startswith("FENCED"):
         return Fenced(text)
     if isinstance(error, OutOfMemoryError) or text.startswith("OOM"):

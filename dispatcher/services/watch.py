@@ -70,14 +70,14 @@ class FleetMirror:
     async def _sync_when_due(self) -> None:
         if self._unknown:
             unknown, self._unknown = self._unknown, set()
-            self.merge(await self._view.nodes(unknown))
+            self.merge(await self._view.nodes(sorted(unknown)))
         now = self._clock.monotonic()
         synced_at = self._synced_at
         if self._cursor is not None and synced_at is not None and now - synced_at < RESYNC_S:
             return
         newest = await self._view.last_id(self._view.names.reports)
         names = set(await self._view.node_names()) | set(self.fleet.nodes)
-        self.merge(await self._view.nodes(names))
+        self.merge(await self._view.nodes(sorted(names)))
         if self._cursor is None or self._cursor > newest:
             self._cursor = newest
         self._synced_at = now

@@ -2,9 +2,11 @@
 -- Bind a batch of requests to nodes: fence, drop duplicates, push RQ jobs, advance *assigned* marks.
 -- KEYS  1 epoch  2 generation  3 marks  4 pending
 -- ARGV  1 token  2 key prefix  3 pool  4 now (ISO 8601, for RQ)  5 id window ms  6 marks m  7 items n
---       m x (source, low)
+--       8 the highest counter seen   m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
 --            identity key, fingerprint, data, envelope)
+-- Error REWOUND when the counter is lower than one seen before: Redis went back in time, and marks computed
+-- before that must not be written.
 -- Returns {the generation's counter, one answer per item}:
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
@@ -14,9 +16,12 @@
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
+if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[8]) then
+  return redis.error_reply('REWOUND Redis went back in time')
+end
 local prefix, pool, now, window = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local marks, items = tonumber(ARGV[6]), tonumber(ARGV[7])
-local at = 8 + 2 * marks
+local at = 9 + 2 * marks
 local answers = {}
 for i = 1, items do
   local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
@@ -67,7 +72,7 @@ for i = 1, items do
   answers[i] = answer
 end
 for i = 1, marks do
-  local source, low = ARGV[6 + 2 * i], ARGV[7 + 2 * i]
+  local source, low = ARGV[7 + 2 * i], ARGV[8 + 2 * i]
   if tonumber(low) > tonumber(redis.call('HGET', KEYS[3], source) or '0') then
     redis.call('HSET', KEYS[3], source, low)
     redis.call('ZREMRANGEBYSCORE', prefix .. 'above:' .. source, '-inf', '(' .. low)
