@@ -179,10 +179,9 @@ class ReplyReader:
     def _place(self, chunk: Chunk) -> list[ReplyEvent]:
         if self._cursor is None:
             self._cursor = self._where(chunk.first_token)
-        if self._cursor is None or chunk.first_token > self._cursor[0]:
-            self._is_lost = True  # something is missing: only another attempt or the outcome can help
-            return []
-        if chunk.first_token < self._cursor[0]:
+        # A gap may still be filled, since an agent writes again what Kafka refused; if it is not, the
+        # outcome has the whole answer.
+        if self._cursor is None or chunk.first_token != self._cursor[0]:
             return []
         if not chunk.tokens:
             if chunk.choices in self._tokenless:
@@ -197,7 +196,9 @@ class ReplyReader:
         self._tokenless.clear()
         if token == self._shown_tokens:
             return token, self.lengths()
-        return next((seam for seam in self._seams if seam[0] == token), None)
+        found = next((seam for seam in self._seams if seam[0] == token), None)
+        self._is_lost = found is None and token < self._shown_tokens
+        return found
 
     def _add(self, chunk: Chunk, token: int, lengths: Lengths) -> list[ReplyEvent]:
         """Place a chunk at the cursor. What an older attempt shows beyond it stands while it agrees."""

@@ -198,10 +198,13 @@ class Publish:
         self._starts[self._transaction] = {str(p): offset for p, offset in self._positions.items()}
         for ending in endings:
             state.progress_of(ending.ref).finish(ending.ref.offset, self._transaction)
+        # Every publication carries a note, also when no mark moves: it tells a later leader which
+        # counter Redis had reached, so that a Redis gone back in time can't pass for intact.
+        noted = {ending.ref.source for ending in fresh.values()}
         finished = {
             source: progress.finished
             for source, progress in state.progress.items()
-            if progress.finished != self._committed.get(source)
+            if source in noted or progress.finished != self._committed.get(source)
         }
         idle = state.clock.monotonic() - self._committed_at > RECOMMIT_S
         if idle:

@@ -298,12 +298,9 @@ def test_fields_of_a_later_release_are_ignored(name: str) -> None:
     later = json.loads(golden(name))
     target = later[2][0] if kind_of(name) == "job_data" else later
     target |= {"added_later": {"deep": [1, {"x": None}]}, "zz": "é"}
-    data = json.dumps(later, ensure_ascii=False).encode()
-    again = DECODERS[kind_of(name)](data)
-    for field, value in msgspec.structs.asdict(RECORDS[name]).items():
-        if not isinstance(value, Raw):
-            assert getattr(again, field) == value, field
-    read_by_release_1(name, data)
+    data = json.dumps(later, ensure_ascii=False, separators=(",", ":")).encode()
+    assert DECODERS[kind_of(name)](data) == RECORDS[name]
+    assert read_by_release_1(name, data) == read_by_release_1(name, golden(name))
 
 
 @every_golden
