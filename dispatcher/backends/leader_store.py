@@ -127,8 +127,8 @@ class LeaderStore:
         counter, answers = await self._run("assign", keys, arguments)
         return int(counter), [answer.decode() for answer in answers]
 
-    async def close(self, items: Sequence[CloseItem]) -> list[str]:
-        """Decide endings; answers as in close.lua."""
+    async def close(self, items: Sequence[CloseItem]) -> tuple[int, list[str]]:
+        """Decide endings: the generation's counter, answers as in close.lua."""
         names = self.names
         arguments: list[Argument] = [names.prefix, names.pool, IDENTITY_WINDOW_MS, len(items)]
         for item in items:
@@ -145,8 +145,9 @@ class LeaderStore:
                 item.identity,
                 item.fingerprint,
             )
-        keys = (names.epoch, names.marks, names.pending, names.closing)
-        return [answer.decode() for answer in await self._run("close", keys, arguments)]
+        keys = (names.epoch, names.marks, names.pending, names.closing, names.generation)
+        counter, answers = await self._run("close", keys, arguments)
+        return int(counter), [answer.decode() for answer in answers]
 
     async def requeue(self, node: str, mode: str, incarnation: str, cause: str) -> list[Ref] | None:
         """Move a node's work to pending; None when the node has another incarnation by now (fence)."""

@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Decide endings that the leader makes itself (Rejected, Evicted, Cancelled, dead, coalesced).
--- KEYS  1 epoch  2 marks  3 pending  4 closing
+-- KEYS  1 epoch  2 marks  3 pending  4 closing  5 generation
 -- ARGV  1 token  2 key prefix  3 pool  4 id window ms  5 items n
 --       n x (place 'log'|'pending'|'job', ref, source, offset, node, job id, kind, request id, payload,
 --            identity key, fingerprint)
 --       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
 --       'none' (a duplicate that is coalesced with its first: the mark moves, nothing is published).
 --       identity '' leaves the (tenant, id) unclaimed (a refused duplicate must not own it).
--- Returns one answer per item: 'ok', 'already' (decided before or not in that place any more),
+-- Returns {the generation's counter, one answer per item}: 'ok', 'already' (decided before or not in that place any more),
 -- or 'dup|<ref>|<print>' when (tenant, id) belongs to another record.
 -- Each ending is entitled by removing the entry that proves the request is where the caller saw it.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
@@ -60,4 +60,4 @@ for i = 1, tonumber(ARGV[5]) do
   end
   answers[i] = answer
 end
-return answers
+return {redis.call('HINCRBY', KEYS[5], 'counter', 1), answers}
