@@ -180,7 +180,7 @@ class Dispatcher:
                 for service in (guard, endings, publish, cancels, expire, dispatch, intake):
                     group.create_task(service.run(), name=type(service).__name__)
         finally:
-            self._last_seen = LastSeen(generation=state.generation, counter=state.counter)
+            self._last_seen = LastSeen(generation=state.generation, counter=store.counter)
             self.state = None
 
     async def _close(self) -> None:

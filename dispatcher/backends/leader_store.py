@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from dispatcher.backends.leader_lock import Lease
 from dispatcher.backends.scripts import Argument, ScriptRunner, translate
+from dispatcher.errors import GenerationLost
 from dispatcher.protocol.names import JobId, Names, Ref
 
 IDENTITY_WINDOW_MS = 600_000
@@ -79,6 +80,37 @@ class LeaderStore:
         self._runner = runner
         self.names = names
         self.lease = lease
+        self.counter = 0
+        """The generation's counter, as the newest answer gave it (answers may overtake each other)."""
+
+    def note_counter(self, counter: int) -> None:
+        """Note the generation's counter as Redis gave it."""
+        self.counter = max(self.counter, counter)
+
+    def note_generation(self, found: tuple[str, int] | None, *, expected: str, at_least: int) -> None:
+        """Compare the generation as Redis has it with the one expected, at the counter known before.
+
+        Raises:
+            GenerationLost: it is another one, or went back in time.
+        """
+        if found is None or found[0] != expected or found[1] < at_least:
+            raise GenerationLost(
+                f"Redis lost data: expected generation {expected} at {at_least} or more, seen {found}"
+            )
+        self.note_counter(found[1])
+
+    async def _run_counted(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """Run a script that moves requests between places: it bumps the generation's counter.
+
+        Raises:
+            GenerationLost: Redis has a lower counter than it had: it went back in time.
+        """
+        names = self.names
+        counter, answer = await self._run(
+            name, (names.epoch, names.generation, *keys), [self.counter, *arguments]
+        )
+        self.note_counter(int(counter))
+        return answer
 
     async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[Any]:
         self.lease.check()
@@ -86,15 +118,9 @@ class LeaderStore:
         return answer
 
     async def assign(
-        self, items: Sequence[AssignItem], marks: Mapping[str, int], *, counter: int, now_iso: str
-    ) -> tuple[int, list[str]]:
-        """Bind `items` and advance *assigned* marks: the generation's counter, answers as in assign.lua.
-
-        Args:
-            counter: the highest counter seen of this generation.
-        Raises:
-            GenerationLost: Redis has a lower one.
-        """
+        self, items: Sequence[AssignItem], marks: Mapping[str, int], *, now_iso: str
+    ) -> list[str]:
+        """Bind `items` and advance *assigned* marks; answers as in assign.lua."""
         names = self.names
         arguments: list[Argument] = [
             names.prefix,
@@ -103,7 +129,6 @@ class LeaderStore:
             IDENTITY_WINDOW_MS,
             len(marks),
             len(items),
-            counter,
         ]
         for source, low in marks.items():
             arguments += (source, low)
@@ -123,12 +148,11 @@ class LeaderStore:
                 item.data,
                 item.envelope,
             )
-        keys = (names.epoch, names.generation, names.marks, names.pending)
-        counter, answers = await self._run("assign", keys, arguments)
-        return int(counter), [answer.decode() for answer in answers]
+        answers = await self._run_counted("assign", (names.marks, names.pending), arguments)
+        return [answer.decode() for answer in answers]
 
-    async def close(self, items: Sequence[CloseItem]) -> tuple[int, list[str]]:
-        """Decide endings: the generation's counter, answers as in close.lua."""
+    async def close(self, items: Sequence[CloseItem]) -> list[str]:
+        """Decide endings; answers as in close.lua."""
         names = self.names
         arguments: list[Argument] = [names.prefix, names.pool, IDENTITY_WINDOW_MS, len(items)]
         for item in items:
@@ -145,15 +169,13 @@ class LeaderStore:
                 item.identity,
                 item.fingerprint,
             )
-        keys = (names.epoch, names.marks, names.pending, names.closing, names.generation)
-        counter, answers = await self._run("close", keys, arguments)
-        return int(counter), [answer.decode() for answer in answers]
+        keys = (names.marks, names.pending, names.closing)
+        return [answer.decode() for answer in await self._run_counted("close", keys, arguments)]
 
     async def requeue(self, node: str, mode: str, incarnation: str, cause: str) -> list[Ref] | None:
         """Move a node's work to pending; None when the node has another incarnation by now (fence)."""
         names = self.names
         keys = (
-            names.epoch,
             names.pending,
             names.node(node),
             names.claimed(node),
@@ -162,7 +184,9 @@ class LeaderStore:
             names.wip(node),
             names.control(node),
         )
-        state, *refs = await self._run("requeue", keys, [names.prefix, node, mode, incarnation, cause])
+        state, *refs = await self._run_counted(
+            "requeue", keys, [names.prefix, node, mode, incarnation, cause]
+        )
         return [Ref.parse(ref.decode()) for ref in refs] if state == b"ok" else None
 
     async def retry(self, items: Sequence[RetryItem]) -> list[str]:
@@ -179,8 +203,8 @@ class LeaderStore:
                 ",".join(item.excluded),
                 item.cause,
             )
-        keys = (names.epoch, names.pending, names.closing)
-        return [answer.decode() for answer in await self._run("retry", keys, arguments)]
+        answers = await self._run_counted("retry", (names.pending, names.closing), arguments)
+        return [answer.decode() for answer in answers]
 
     async def settle(self, positions: Mapping[int, int], entries: Sequence[tuple[bytes, str]]) -> None:
         """Drop published closing entries (entry id, job id to delete or '')."""
@@ -190,7 +214,7 @@ class LeaderStore:
             arguments += (partition, offset)
         for entry, job in entries:
             arguments += (entry, job)
-        await self._run("settle", (names.epoch, names.closing, names.settled), arguments)
+        await self._run_counted("settle", (names.closing, names.settled), arguments)
 
     async def admit(self, node: str, *, forget: bool = False) -> None:
         """Enter a node into the shared sets, or take it out."""

@@ -128,7 +128,7 @@ class OutcomeLog:
                 for future in futures:
                     written = await future
                     after[written.partition] = max(after.get(written.partition, 0), written.offset + 1)
-        except (KafkaError, OSError, TimeoutError, RuntimeError) as error:
+        except (KafkaError, OSError, TimeoutError, RuntimeError, AssertionError) as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
         return after
 

@@ -99,6 +99,23 @@ class StoreView:
             return []
         return [StreamEntry(id=entry, fields=fields) for entry, fields in answer[0][1] if fields is not None]
 
+    async def read_closing(
+        self, after: bytes, *, block_ms: int, count: int
+    ) -> tuple[list[StreamEntry], tuple[str, int] | None]:
+        """Entries of `closing` after `after`, and the generation as it was when they were read.
+
+        Both are read in one step: whatever ended in these entries was bound at or below that counter.
+        """
+        names = self.names
+        if not await self.read_stream(names.closing, after, block_ms=block_ms, count=1):
+            return [], None
+        pipe = self._client.pipeline(transaction=True)
+        pipe.xrange(names.closing, min=b"(" + after, count=count)
+        pipe.hmget(names.generation, ["id", "counter"])
+        found, (generation, counter) = await self._ask(pipe.execute(), "closing")
+        entries = [StreamEntry(id=entry, fields=fields) for entry, fields in found]
+        return entries, (generation.decode(), int(counter or 0)) if generation else None
+
     async def last_id(self, stream: str) -> bytes:
         """The id of the newest entry, `0-0` when there is none."""
         newest = await self._ask(self._client.xrevrange(stream, count=1), f"read {stream}")

@@ -35,11 +35,10 @@ class Endings:
             items = [await self._queue.get()]
             while len(items) < BATCH and not self._queue.empty():
                 items.append(self._queue.get_nowait())
-            counter, answers = await until_answered(
+            answers = await until_answered(
                 lambda batch=items: self._store.close(batch),  # type: ignore[misc]
                 self._state.metrics,
             )
-            self._state.note_counter(counter)
             for item, answer in zip(items, answers, strict=True):
                 await self._written(item, answer)
 

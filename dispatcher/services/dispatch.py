@@ -93,10 +93,9 @@ class Dispatch:
             )
         marks = {source: progress.assigned for source, progress in state.progress.items()}
         now_iso = state.clock.now_iso()
-        counter, answers = await until_answered(
-            lambda: self._store.assign(items, marks, counter=state.counter, now_iso=now_iso), state.metrics
+        answers = await until_answered(
+            lambda: self._store.assign(items, marks, now_iso=now_iso), state.metrics
         )
-        state.note_counter(counter)
         state.metrics.assign_batch.observe(len(items))
         now_ms = state.clock.now_ms()
         for (waiting, node, _), answer in zip(chosen, answers, strict=True):

@@ -95,14 +95,16 @@ class Publish:
         """Publish until cancelled."""
         cursor = b"0-0"
         while True:
-            entries = await until_answered(
-                lambda after=cursor: self._view.read_stream(  # type: ignore[misc]
-                    self._state.names.closing, after, block_ms=READ_BLOCK_MS, count=READ_COUNT
+            known = self._store.counter
+            entries, generation = await until_answered(
+                lambda after=cursor: self._view.read_closing(  # type: ignore[misc]
+                    after, block_ms=READ_BLOCK_MS, count=READ_COUNT
                 ),
                 self._state.metrics,
             )
             if entries:
                 cursor = entries[-1].id
+                self._store.note_generation(generation, expected=self._state.generation, at_least=known)
             await self.publish(entries)
 
     async def publish(self, entries: list[StreamEntry]) -> None:
@@ -233,7 +235,7 @@ class Publish:
             positions=self._earliest_positions(),
             epoch=self._store.lease.epoch,
             generation=state.generation,
-            counter=state.counter,
+            counter=self._store.counter,
         )
         began = state.clock.monotonic()
         after = await self._log.publish([ending.publication for ending in fresh.values()], finished, note)

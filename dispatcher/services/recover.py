@@ -83,7 +83,8 @@ class Recovery:
         stored = await until_answered(self._view.generation, state.metrics)
         intact = stored is not None and _is_intact(stored, finished.values(), last_seen)
         if stored is not None and intact:
-            state.generation, state.counter = stored
+            state.generation = stored[0]
+            self._store.note_counter(stored[1])
             positions = await self._load(marks, floor)
         else:
             positions = await self._rebuild(marks, floor, fresh=not finished)
@@ -93,7 +94,7 @@ class Recovery:
             positions=floor,
             epoch=self._store.lease.epoch,
             generation=state.generation,
-            counter=state.counter,
+            counter=self._store.counter,
         )
         self._store.lease.check()
         await self._outcomes.publish([], committed, note)
@@ -203,7 +204,7 @@ class Recovery:
         since_ms = state.clock.now_ms() - IDENTITY_WINDOW_MS
         heads, ends = await read_outcomes(self._kafka, state.names, since, since_ms=since_ms)
         finished_above = _finished_above(heads, marks)
-        state.generation, state.counter = self._new_id(), 0
+        state.generation = self._new_id()
         await until_answered(
             lambda: self._store.begin_generation(
                 state.generation, marks, {source: sorted(taken) for source, taken in finished_above.items()}

@@ -12,7 +12,6 @@ import random
 from dataclasses import dataclass, field
 
 from dispatcher.backends.clock import Clock
-from dispatcher.errors import GenerationLost
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
@@ -59,7 +58,6 @@ class LeaderState:
     identities: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     generation: str = ""
-    counter: int = 0
     early_cancels: dict[tuple[str, str], float] = field(default_factory=dict)
     doomed: dict[str, Doom] = field(default_factory=dict)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
@@ -68,16 +66,6 @@ class LeaderState:
     _tenants: dict[str, str] = field(default_factory=dict)
     _delayed: list[tuple[int, str]] = field(default_factory=list)
     _delayed_requests: dict[str, Waiting] = field(default_factory=dict)
-
-    def note_counter(self, counter: int) -> None:
-        """Note the generation's counter as Redis gave it.
-
-        Raises:
-            GenerationLost: it is lower than one seen before: Redis went back in time.
-        """
-        if counter < self.counter:
-            raise GenerationLost(f"Redis went back in time: counter {counter} after {self.counter}")
-        self.counter = counter
 
     def enter(self, waiting: Waiting) -> None:
         """Let a request wait to be bound."""

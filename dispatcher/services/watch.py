@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.leader_store import LeaderStore
 from dispatcher.backends.store_view import StoredNode, StoreView
-from dispatcher.errors import GenerationLost, StoreUnavailable
+from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import FailureCause
@@ -208,13 +208,9 @@ class Guard:
         if now_s - self._checked_at < GENERATION_CHECK_S:
             return
         self._checked_at = now_s
-        counter = self._state.counter
+        known = self._store.counter
         found = await until_answered(self._view.generation, self._state.metrics)
-        if found is None or found[0] != self._state.generation or found[1] < counter:
-            raise GenerationLost(
-                f"Redis lost data: expected generation {self._state.generation} at {counter} or more, "
-                f"seen {found}; recovering from Kafka"
-            )
+        self._store.note_generation(found, expected=self._state.generation, at_least=known)
 
     async def _reap(self) -> None:
         now_s = self._mirror.healthy.now_s

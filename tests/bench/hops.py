@@ -156,7 +156,7 @@ async def _scripts(valkey: ValkeyServer, admitted: list[Admitted], rows: dict[st
 
     for number in range(ROUNDS):
         items = [_item(one, lease.epoch, names) for one in admitted[number * BATCH : (number + 1) * BATCH]]
-        await measured("assign", leader.assign(items, {"i0": (number + 1) * BATCH}, counter=0, now_iso=NOW_ISO))
+        await measured("assign", leader.assign(items, {"i0": (number + 1) * BATCH}, now_iso=NOW_ISO))
         claim = await measured("claim", node.claim("i", number + 1, BATCH, now_iso=NOW_ISO))
         endings = [_ending(job.job, job.data) for job in claim.jobs]
         assert len(endings) == BATCH

@@ -444,7 +444,7 @@ async def test_a_full_server_refuses_only_what_binds_new_work() -> None:
     world.redis.fill()
     lease = await acquire(runner)
     with pytest.raises(StoreFull):
-        await LeaderStore(runner, Names(), lease).assign([], {}, now_iso=NOW)
+        await bind(LeaderStore(runner, Names(), lease), [])
     error = await error_of(world.client().eval("return 1", 0))
     assert isinstance(error, OutOfMemoryError)
 
@@ -496,9 +496,9 @@ async def test_every_script_takes_its_happy_path() -> None:
 
     moving = asyncio.create_task(node.wait_for_work(1.5))
     await asyncio.sleep(0.1)
-    answers = answers_of(await store.assign([item_of(lease, n) for n in range(5)], {"i0": 5}, now_iso=NOW))
+    answers = await bind(store, [item_of(lease, n) for n in range(5)], i0=5)
     assert answers == ["ok"] * 5
-    assert answers_of(await store.assign([item_of(lease, 0)], {}, now_iso=NOW)) == ["already"]
+    assert await bind(store, [item_of(lease, 0)]) == ["already"]
     assert await moving
 
     claim = await node.claim("inc-1", 1, 3, now_iso=NOW)
@@ -526,6 +526,7 @@ async def test_every_script_takes_its_happy_path() -> None:
     )
     assert await store.retry([retry]) == ["ok"]
     assert await store.retry([retry]) == ["already"]
+    await store.remember({"flexlb:default:id:9": "i0_9|print"})
     await store.settle({0: 3}, [(ended[0].id, "")])
     rejected = CloseItem(place="log", ref=Ref(Lane.INTERACTIVE, 0, 5), kind="outcome", id="i5", payload=b"p")
     running = CloseItem(
@@ -536,10 +537,10 @@ async def test_every_script_takes_its_happy_path() -> None:
         payload=b"p",
         job=job_of(lease, 2),
     )
-    assert await store.close([rejected, running]) == ["ok", "ok"]
+    assert (await store.close([rejected, running]))[1] == ["ok", "ok"]
     assert [entry.text("kind") for entry in await node.read_control(b"0-0", block_ms=100)] == ["cancel"]
 
-    assert answers_of(await store.assign([item_of(lease, 1, from_pending=True)], {}, now_iso=NOW)) == ["ok"]
+    assert await bind(store, [item_of(lease, 1, from_pending=True)]) == ["ok"]
     refs = await store.requeue("n1", "fence", "inc-1", "node_lost")
     assert refs is not None
     assert sorted(str(ref) for ref in refs) == ["i0_1", "i0_3", "i0_4"]
@@ -569,9 +570,8 @@ async def test_every_script_takes_its_happy_path() -> None:
     assert await lock.acquire("another") is not None
 
 
-def answers_of(assigned: Any) -> list[str]:
-    """The answers alone, of a call that may also return the generation's counter."""
-    answers: list[str] = assigned[-1] if isinstance(assigned, tuple) else assigned
+async def bind(store: LeaderStore, items: list[AssignItem], **marks: int) -> list[str]:
+    _, answers = await store.assign(items, marks, counter=0, now_iso=NOW)
     return answers
 
 

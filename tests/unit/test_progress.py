@@ -109,7 +109,7 @@ class Marks(RuleBasedStateMachine):
 
 
 TestMarks = Marks.TestCase
-TestMarks.settings = settings(max_examples=60, stateful_step_count=30)
+TestMarks.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 def test_a_fresh_partition_begins_at_its_next_record() -> None:

@@ -1,8 +1,8 @@
 #!lua
 -- Bind a batch of requests to nodes: fence, drop duplicates, push RQ jobs, advance *assigned* marks.
 -- KEYS  1 epoch  2 generation  3 marks  4 pending
--- ARGV  1 token  2 key prefix  3 pool  4 now (ISO 8601, for RQ)  5 id window ms  6 marks m  7 items n
---       8 the highest counter seen   m x (source, low)
+-- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 now (ISO 8601, for RQ)  6 id window ms
+--       7 marks m  8 items n   m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
 --            identity key, fingerprint, data, envelope)
 -- Error REWOUND when the counter is lower than one seen before: Redis went back in time, and marks computed
@@ -16,11 +16,11 @@
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
-if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[8]) then
+if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
   return redis.error_reply('REWOUND Redis went back in time')
 end
-local prefix, pool, now, window = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local marks, items = tonumber(ARGV[6]), tonumber(ARGV[7])
+local prefix, pool, now, window = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local marks, items = tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = 9 + 2 * marks
 local answers = {}
 for i = 1, items do

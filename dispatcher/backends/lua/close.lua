@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Decide endings that the leader makes itself (Rejected, Evicted, Cancelled, dead, coalesced).
--- KEYS  1 epoch  2 marks  3 pending  4 closing  5 generation
--- ARGV  1 token  2 key prefix  3 pool  4 id window ms  5 items n
+-- KEYS  1 epoch  2 generation  3 marks  4 pending  5 closing
+-- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 id window ms  6 items n
 --       n x (place 'log'|'pending'|'job', ref, source, offset, node, job id, kind, request id, payload,
 --            identity key, fingerprint)
 --       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
@@ -13,10 +13,13 @@
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
-local prefix, pool, window = ARGV[2], ARGV[3], ARGV[4]
-local at = 6
+if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
+  return redis.error_reply('REWOUND Redis went back in time')
+end
+local prefix, pool, window = ARGV[3], ARGV[4], ARGV[5]
+local at = 7
 local answers = {}
-for i = 1, tonumber(ARGV[5]) do
+for i = 1, tonumber(ARGV[6]) do
   local place, ref, source, offset = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   local node, job, kind, id, payload = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
   local identity, print = ARGV[at + 9], ARGV[at + 10]
@@ -24,7 +27,7 @@ for i = 1, tonumber(ARGV[5]) do
   local answer = 'already'
   if place == 'log' then
     local above = prefix .. 'above:' .. source
-    local low = tonumber(redis.call('HGET', KEYS[2], source) or '0')
+    local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
     if tonumber(offset) >= low and not redis.call('ZSCORE', above, offset) then
       local owner = identity ~= '' and redis.call('GET', identity)
       if owner and string.match(owner, '^[^|]*') ~= ref then
@@ -36,7 +39,7 @@ for i = 1, tonumber(ARGV[5]) do
       end
     end
   elseif place == 'pending' then
-    if redis.call('ZREM', KEYS[3], ref) == 1 then
+    if redis.call('ZREM', KEYS[4], ref) == 1 then
       redis.call('DEL', prefix .. 'pending:' .. ref)
       answer = 'ok'
     end
@@ -56,8 +59,8 @@ for i = 1, tonumber(ARGV[5]) do
     end
   end
   if answer == 'ok' and kind ~= 'none' then
-    redis.call('XADD', KEYS[4], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
+    redis.call('XADD', KEYS[5], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
   end
   answers[i] = answer
 end
-return {redis.call('HINCRBY', KEYS[5], 'counter', 1), answers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}

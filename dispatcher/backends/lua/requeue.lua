@@ -1,14 +1,18 @@
 #!lua flags=allow-oom
 -- Move what a node held to `pending`: its queue, what was in delivery, what it had claimed.
--- KEYS  1 epoch  2 pending  3 node  4 claimed  5 RQ queue  6 RQ intermediate  7 RQ wip  8 control
--- ARGV  1 token  2 key prefix  3 node  4 mode  5 incarnation  6 cause
---       mode 'fence':   fence ARGV[5] and move everything
+-- KEYS  1 epoch  2 generation  3 pending  4 node  5 claimed  6 RQ queue  7 RQ intermediate  8 RQ wip
+--       9 control
+-- ARGV  1 token  2 highest counter seen  3 key prefix  4 node  5 mode  6 incarnation  7 cause
+--       mode 'fence':   fence ARGV[6] and move everything
 --            'expired': move claimed jobs whose lease has ended (held by nobody)
---            'others':  move claimed jobs of other incarnations than ARGV[5]
--- Returns {'ok', ref, ref...}; {'other', incarnation} when the node has another incarnation by now
+--            'others':  move claimed jobs of other incarnations than ARGV[6]
+-- Returns {counter, {'ok', ref, ref...}}; {counter, {'other', incarnation}} when the node has another one by now
 -- (fence only). A moved request keeps its failure count; the node is noted as excluded.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
+end
+if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
+  return redis.error_reply('REWOUND Redis went back in time')
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -19,45 +23,47 @@ local function move(id)
   local ref = fields[1]
   if not ref then return end
   local excluded = fields[2] or ''
-  if not string.find(',' .. excluded .. ',', ',' .. ARGV[3] .. ',', 1, true) then
-    excluded = excluded == '' and ARGV[3] or (excluded .. ',' .. ARGV[3])
+  if not string.find(',' .. excluded .. ',', ',' .. ARGV[4] .. ',', 1, true) then
+    excluded = excluded == '' and ARGV[4] or (excluded .. ',' .. ARGV[4])
   end
-  redis.call('ZREM', KEYS[7], id .. ':flexlb')
-  redis.call('RENAME', job, ARGV[2] .. 'pending:' .. ref)
-  redis.call('HSET', ARGV[2] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[6])
-  redis.call('ZADD', KEYS[2], now, ref)
+  redis.call('ZREM', KEYS[8], id .. ':flexlb')
+  redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
+  redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7])
+  redis.call('ZADD', KEYS[3], now, ref)
   moved[#moved + 1] = ref
 end
-if ARGV[4] == 'fence' then
-  local incarnation = redis.call('HGET', KEYS[3], 'incarnation')
-  if incarnation and incarnation ~= ARGV[5] then return {'other', incarnation} end
-  redis.call('HSET', KEYS[3], 'incarnation', ARGV[5], 'fenced', ARGV[5])
-  redis.call('PEXPIRE', KEYS[3], 3600000)
-  redis.call('XADD', KEYS[8], 'MAXLEN', '~', 1000, '*', 'kind', 'fence', 'job', '')
-  redis.call('PEXPIRE', KEYS[8], 3600000)
-  for _, list in ipairs({KEYS[6], KEYS[5]}) do
+if ARGV[5] == 'fence' then
+  local incarnation = redis.call('HGET', KEYS[4], 'incarnation')
+  if incarnation and incarnation ~= ARGV[6] then
+    return {redis.call('HINCRBY', KEYS[2], 'counter', 1), {'other', incarnation}}
+  end
+  redis.call('HSET', KEYS[4], 'incarnation', ARGV[6], 'fenced', ARGV[6])
+  redis.call('PEXPIRE', KEYS[4], 3600000)
+  redis.call('XADD', KEYS[9], 'MAXLEN', '~', 1000, '*', 'kind', 'fence', 'job', '')
+  redis.call('PEXPIRE', KEYS[9], 3600000)
+  for _, list in ipairs({KEYS[7], KEYS[6]}) do
     for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do move(id) end
     redis.call('DEL', list)
   end
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
-    redis.call('ZREM', KEYS[4], id)
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
+    redis.call('ZREM', KEYS[5], id)
     move(id)
   end
-  for _, member in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[8], 0, -1)) do
     move(string.match(member, '^(.*):[^:]*$') or member)
-    redis.call('ZREM', KEYS[7], member)
+    redis.call('ZREM', KEYS[8], member)
   end
-elseif ARGV[4] == 'expired' then
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now)) do
-    redis.call('ZREM', KEYS[4], id)
+elseif ARGV[5] == 'expired' then
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now)) do
+    redis.call('ZREM', KEYS[5], id)
     move(id)
   end
 else
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
-    if redis.call('HGET', 'rq:job:' .. id, 'incarnation') ~= ARGV[5] then
-      redis.call('ZREM', KEYS[4], id)
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
+    if redis.call('HGET', 'rq:job:' .. id, 'incarnation') ~= ARGV[6] then
+      redis.call('ZREM', KEYS[5], id)
       move(id)
     end
   end
 end
-return moved
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), moved}

@@ -816,8 +816,7 @@ class SimProducer:
 
     def _answered(self, future: asyncio.Future[RecordMetadata]) -> None:
         self._unanswered.pop(future, None)
-        if not future.cancelled():
-            future.exception()
+        _read_failure(future)
 
     # Transactions, as aiokafka's producer has them
 
@@ -861,6 +860,7 @@ class SimProducer:
         if not group_id or not isinstance(group_id, str):
             raise ValueError(group_id)
         future = manager.add_offsets_to_txn(commit_structure_validate(offsets), group_id)
+        future.add_done_callback(_read_failure)
         self._work.set()
         await asyncio.shield(future)
 
@@ -1010,6 +1010,12 @@ class _TransactionContext:
             await self._producer.commit_transaction()
         elif not self._producer._transactional().is_fatal_error():
             await self._producer.abort_transaction()
+
+
+def _read_failure(future: asyncio.Future[Any]) -> None:
+    """Whoever gave up waiting is not told again when the future is collected."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _worth_retrying(error: KafkaError) -> bool:

@@ -1,0 +1,309 @@
+"""The window: whom it offers next, what it looks past, and what it costs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Lane, Ref
+from dispatcher.protocol.node import NodeIdentity
+from dispatcher.scheduling.fleet import Fleet
+from dispatcher.scheduling.policies import choose_least_outstanding_tokens
+from dispatcher.scheduling.window import (
+    BATCH_EVERY,
+    ENVELOPE_OVERHEAD_BYTES,
+    LOOK_PAST,
+    Waiting,
+    Window,
+)
+
+NOW_MS = 1_790_000_000_000
+
+
+def waiting(
+    offset: int,
+    *,
+    lane: Lane = Lane.INTERACTIVE,
+    model: str = "m",
+    priority: int = 50,
+    deadline_ms: int = 60_000,
+    age_ms: int = 0,
+    prompt_tokens: int = 10,
+    data: bytes = b"",
+    excluded: tuple[str, ...] = (),
+) -> Waiting:
+    """A request; its offset names it."""
+    ref = Ref(lane, 0, offset)
+    envelope = Envelope(
+        ref=str(ref),
+        id=f"r{offset}",
+        model=model,
+        priority=priority,
+        prompt_tokens=prompt_tokens,
+        appended_ms=NOW_MS - age_ms,
+        deadline_at_ms=NOW_MS + deadline_ms,
+    )
+    return Waiting(ref=ref, envelope=envelope, data=data, excluded=excluded)
+
+
+def fleet_of(*nodes: NodeIdentity) -> Fleet:
+    """A fleet whose nodes may be bound to."""
+    fleet = Fleet()
+    for identity in nodes:
+        fleet.admit(identity, 0.0).admitted = True
+    return fleet
+
+
+def node(
+    name: str = "n", *, models: tuple[str, ...] = ("m",), max_running: int = 1000, max_model_len: int = 1000
+) -> NodeIdentity:
+    """A node."""
+    return NodeIdentity(
+        node=name, incarnation="x", models=models, max_running=max_running, max_model_len=max_model_len
+    )
+
+
+class Bench:
+    """A window, a fleet, and the binding that a leader does between choices."""
+
+    def __init__(self, fleet: Fleet, items: Iterable[Waiting] = (), **settings: int) -> None:
+        self.window = Window(**settings)
+        self.fleet = fleet
+        self.rng = random.Random(1)
+        for item in items:
+            self.window.push(item)
+
+    def bind(self) -> Waiting | None:
+        """Choose and reserve one request."""
+        found = self.window.choose(self.fleet, choose_least_outstanding_tokens, self.rng, NOW_MS)
+        if found is None:
+            return None
+        chosen, at = found
+        assert chosen.envelope.model in at.identity.models
+        self.fleet.reserve(at.name, chosen.envelope.ref, chosen.envelope.cost_tokens)
+        return chosen
+
+    def bind_all(self) -> list[int]:
+        """Offsets in the order in which they are bound, until nothing can be."""
+        order = []
+        while (chosen := self.bind()) is not None:
+            order.append(chosen.ref.offset)
+        return order
+
+
+# Order
+
+
+def test_priority_goes_before_deadline_before_age_before_arrival() -> None:
+    items = [
+        waiting(1, priority=50),
+        waiting(2, priority=50),
+        waiting(3, priority=50, age_ms=100),
+        waiting(4, priority=50, deadline_ms=1_000),
+        waiting(5, priority=90, deadline_ms=90_000),
+        waiting(6, priority=1, deadline_ms=1),
+    ]
+    assert Bench(fleet_of(node()), items).bind_all() == [5, 4, 3, 1, 2, 6]
+
+
+def test_a_request_read_far_behind_is_bound_next_when_it_matters_more() -> None:
+    bench = Bench(fleet_of(node()), [waiting(n) for n in range(2_000)])
+    bench.window.push(waiting(9_999, priority=90))
+    chosen = bench.bind()
+    assert chosen is not None
+    assert chosen.ref.offset == 9_999
+
+
+def test_the_most_urgent_over_all_models_is_bound_first() -> None:
+    items = [
+        waiting(1, model="a", priority=10),
+        waiting(2, model="b", priority=80),
+        waiting(3, model="a", priority=90),
+    ]
+    assert Bench(fleet_of(node(models=("a", "b"))), items).bind_all() == [3, 2, 1]
+
+
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.integers(min_value=1, max_value=5),
+            st.integers(min_value=1, max_value=5),
+            st.integers(min_value=0, max_value=5),
+            st.sampled_from(["a", "b"]),
+        ),
+        max_size=20,
+    ),
+    removed=st.sets(st.integers(min_value=0, max_value=19)),
+    hurried=st.sets(st.integers(min_value=0, max_value=19)),
+)
+def test_the_order_is_that_of_a_plain_sort(
+    requests: list[tuple[int, int, int, str]], removed: set[int], hurried: set[int]
+) -> None:
+    items = [
+        waiting(n, priority=priority, deadline_ms=deadline, age_ms=age, model=model)
+        for n, (priority, deadline, age, model) in enumerate(requests)
+    ]
+    bench = Bench(fleet_of(node(models=("a", "b"))), items)
+    for n in hurried:
+        bench.window.hurry(f"i0_{n}")
+    for n in removed:
+        bench.window.remove(f"i0_{n}")
+
+    def rank(n: int) -> tuple[bool, int, int, int, int]:
+        priority, deadline, age, _ = requests[n]
+        return n not in hurried, -priority, deadline, -age, n
+
+    kept = [n for n in range(len(requests)) if n not in removed]
+    assert bench.bind_all() == sorted(kept, key=rank)
+    assert len(bench.window) == 0
+    assert bench.window.bytes == 0
+
+
+# Batch
+
+
+def mixed(count: int) -> list[Waiting]:
+    """As many batch requests as interactive ones."""
+    batch = [waiting(n, lane=Lane.BATCH, priority=100) for n in range(count)]
+    return batch + [waiting(n) for n in range(count)]
+
+
+def test_batch_gets_one_bind_in_twenty_while_interactive_waits() -> None:
+    bench = Bench(fleet_of(node()), mixed(400))
+    lanes = [chosen.ref.lane for _ in range(400) if (chosen := bench.bind()) is not None]
+    assert lanes.count(Lane.BATCH) == 400 // BATCH_EVERY
+    assert lanes[BATCH_EVERY - 1] is Lane.BATCH
+
+
+def test_batch_gets_all_of_spare_capacity() -> None:
+    bench = Bench(fleet_of(node()), [waiting(n, lane=Lane.BATCH) for n in range(50)])
+    assert len(bench.bind_all()) == 50
+
+
+def test_interactive_gets_batchs_share_when_no_batch_waits() -> None:
+    bench = Bench(fleet_of(node()), [waiting(n) for n in range(3 * BATCH_EVERY)])
+    assert len(bench.bind_all()) == 3 * BATCH_EVERY
+
+
+def test_an_overdue_batch_request_competes_as_interactive() -> None:
+    items = [
+        waiting(1, priority=50),
+        waiting(2, lane=Lane.BATCH, priority=60, age_ms=10_001),
+        waiting(3, priority=70),
+    ]
+    assert Bench(fleet_of(node()), items, max_batch_wait_ms=10_000).bind_all() == [3, 2, 1]
+    items[1] = waiting(2, lane=Lane.BATCH, priority=60, age_ms=10_000)
+    assert Bench(fleet_of(node()), items, max_batch_wait_ms=10_000).bind_all() == [3, 1, 2]
+
+
+# Hurry
+
+
+def test_a_hurried_request_is_the_first_of_its_model() -> None:
+    bench = Bench(fleet_of(node()), [waiting(1, priority=90), waiting(2), waiting(3, priority=1)])
+    bench.window.hurry("i0_3")
+    bench.window.hurry("i0_3")
+    assert bench.bind_all() == [3, 1, 2]
+
+
+def test_hurrying_what_does_not_wait_does_nothing() -> None:
+    bench = Bench(fleet_of(node()), [waiting(1)])
+    bench.window.hurry("i0_7")
+    assert bench.bind_all() == [1]
+
+
+# Looking past
+
+
+def test_a_model_without_capacity_holds_up_nobody_else() -> None:
+    items = [waiting(n, model="absent", priority=100) for n in range(50)] + [waiting(99)]
+    bench = Bench(fleet_of(node()), items)
+    assert bench.bind_all() == [99]
+    assert len(bench.window) == 50
+
+
+def test_heads_that_fit_no_node_are_looked_past_and_keep_their_order() -> None:
+    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(LOOK_PAST - 1)]
+    bench = Bench(fleet_of(node("small", max_model_len=1_000)), [*big, waiting(99)])
+    assert bench.bind_all() == [99]
+    assert len(bench.window) == LOOK_PAST - 1
+    bench.fleet = fleet_of(node("large", max_model_len=10_000))
+    assert bench.bind_all() == list(range(LOOK_PAST - 1))
+
+
+def test_only_so_many_heads_are_looked_past() -> None:
+    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(LOOK_PAST)]
+    assert Bench(fleet_of(node(max_model_len=1_000)), [*big, waiting(99)]).bind_all() == []
+
+
+def test_an_excluded_node_takes_a_request_only_when_no_other_is_eligible() -> None:
+    both = Bench(fleet_of(node("a"), node("b")), [waiting(1, excluded=("a",))])
+    found = both.window.choose(both.fleet, choose_least_outstanding_tokens, both.rng, NOW_MS)
+    assert found is not None
+    assert found[1].name == "b"
+    alone = Bench(fleet_of(node("a")), [waiting(1, excluded=("a",))])
+    assert alone.bind_all() == [1]
+
+
+def test_nothing_is_chosen_beyond_the_fleets_room() -> None:
+    bench = Bench(fleet_of(node(max_running=8)), [waiting(n) for n in range(20)])
+    assert bench.bind_all() == list(range(9))
+    bench.fleet.release("n", "i0_4")
+    assert bench.bind_all() == [9]
+
+
+# What waits
+
+
+def test_a_request_waits_once_however_often_it_is_pushed() -> None:
+    bench = Bench(fleet_of(node()), [waiting(1), waiting(1)])
+    assert len(bench.window) == 1
+    assert bench.bind_all() == [1]
+
+
+def test_a_request_that_comes_back_is_offered_again_once() -> None:
+    bench = Bench(fleet_of(node()), [waiting(1), waiting(2)])
+    taken = bench.window.remove("i0_1")
+    assert taken is not None
+    assert bench.window.remove("i0_1") is None
+    bench.window.push(taken)
+    assert sorted(bench.bind_all()) == [1, 2]
+
+
+def test_bytes_count_data_hashes_and_what_an_envelope_costs() -> None:
+    window = Window()
+    window.push(waiting(1, data=b"x" * 100))
+    assert window.bytes == 100 + ENVELOPE_OVERHEAD_BYTES
+    window.push(waiting(2))
+    window.remove("i0_1")
+    assert window.bytes == ENVELOPE_OVERHEAD_BYTES
+    window.remove("i0_1")
+    window.remove("i0_2")
+    assert window.bytes == 0
+
+
+def test_what_waits_can_be_asked_for() -> None:
+    window = Window()
+    window.push(waiting(1, model="a"))
+    window.push(waiting(2, model="b"))
+    assert "i0_1" in window
+    assert "i0_9" not in window
+    assert {item.ref.offset for item in window} == {1, 2}
+    assert window.models() == {"a", "b"}
+    found = window.get("i0_2")
+    assert found is not None
+    assert found.envelope.model == "b"
+    assert window.get("i0_9") is None
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_nothing_is_chosen_of_an_empty_window(lane: Lane) -> None:
+    bench = Bench(fleet_of(node()), [waiting(1, lane=lane)])
+    assert bench.bind_all() == [1]
+    assert bench.bind() is None
+    assert bench.window.models() == set()

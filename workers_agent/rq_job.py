@@ -1,0 +1,234 @@
+"""The function that a stock RQ worker calls for a job of ours: the same claim and completion as the agent.
+
+RQ has taken the job from the node's queue already; the claim proves it by RQ's execution id, and from
+there on the attempt is leased, run and completed like any other. One job at a time, on a connection of
+its own: this is for operators with RQ's tools at hand, the agent is what keeps an engine busy.
+
+An attempt that failed raises, so that RQ keeps the job's hash, from which the leader binds it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+from rq import get_current_job
+from rq.utils import as_text
+
+from dispatcher.backends.body_log import BodyLog
+from dispatcher.backends.clock import Clock
+from dispatcher.backends.connect import connect_kafka, connect_redis
+from dispatcher.backends.environment import read_settings
+from dispatcher.backends.node_store import Claimed, NodeStore
+from dispatcher.backends.reply_log import ReplyLog
+from dispatcher.backends.scripts import ScriptRunner
+from dispatcher.errors import Fenced, FlexLBError, SettingsError
+from dispatcher.protocol import codec
+from dispatcher.protocol.assignment import decode_job_data
+from dispatcher.protocol.names import JobId, Names
+from dispatcher.protocol.node import NodeIdentity
+from dispatcher.telemetry.logging import Log
+from workers_agent.engines.openai_http import OpenAIEngine
+from workers_agent.metrics import AgentMetrics
+from workers_agent.services.execute import Executor
+from workers_agent.services.heartbeat import Heartbeat
+from workers_agent.services.registration import Registration
+from workers_agent.services.reply_stream import Pacer
+from workers_agent.settings import AgentSettings
+from workers_agent.state import AgentState
+
+REGISTER_TIMEOUT_S = 10.0
+"""How long another incarnation of the node may live on: a dead one's heartbeat is gone long before."""
+
+
+class AttemptFailed(FlexLBError):
+    """The attempt ended without an outcome, as the leader knows by now; RQ keeps the job as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """RQ's run of a job: what proves that this process may claim it."""
+
+    job: str
+    id: str
+    incarnation: str
+
+
+def execute(work: Mapping[str, object]) -> str:
+    """Run the current RQ job; settings come from FLEXLB_REDIS, _KAFKA, _POOL, _NODE, _ENGINE_URL, _MODELS.
+
+    Args:
+        work: the request as RQ decoded it. What runs are the bytes that the claim gives.
+    Returns:
+        How it ended, in a few words.
+    Raises:
+        AttemptFailed: without an outcome; the leader decides what becomes of the request.
+        SettingsError: the environment lacks something, or names another node than the job's.
+    """
+    settings = read_settings(AgentSettings, {})
+    execution = _current_execution()
+    _check(settings, JobId.parse(execution.job))
+    return asyncio.run(_Run(settings, execution).run())
+
+
+def _current_execution() -> Execution:
+    """What RQ knows of this run: the newest execution of the job, and the worker that does it."""
+    job = get_current_job()
+    if job is None:
+        raise SettingsError("expected to be called by an RQ worker, seen no current job; start `rq worker`")
+    executions = sorted(job.get_executions(), key=lambda found: found.created_at)
+    if not executions:
+        raise AttemptFailed(f"job {job.id}: expected an execution of RQ 3, seen none; upgrade rq")
+    worker = job.worker_name or "worker"
+    pid = job.connection.hget(f"rq:worker:{worker}", "pid")
+    incarnation = f"rq-{worker}-{as_text(pid) if pid else 0}"
+    return Execution(job=job.id, id=executions[-1].id, incarnation=incarnation)
+
+
+def _check(settings: AgentSettings, job: JobId) -> None:
+    if (settings.pool, settings.node) != (job.pool, job.node):
+        raise SettingsError(
+            f"FLEXLB_POOL and FLEXLB_NODE: expected {job.pool} and {job.node} as in the job's id, "
+            f"seen {settings.pool} and {settings.node}"
+        )
+    if not settings.models:
+        raise SettingsError("FLEXLB_MODELS: expected the models served, comma separated, seen nothing")
+
+
+class _Run:
+    """One job's run."""
+
+    def __init__(self, settings: AgentSettings, execution: Execution) -> None:
+        self._settings = settings
+        self._execution = execution
+        self._clock = Clock()
+        self._names = Names(settings.pool)
+        self._log = Log(process="rq", pool=settings.pool, node=settings.node)
+
+    async def run(self) -> str:
+        """Claim, run, complete."""
+        settings = self._settings
+        client = connect_redis(settings.redis)
+        store = NodeStore(
+            ScriptRunner(client),
+            self._names,
+            settings.node,
+            heartbeat_ttl_s=settings.heartbeat_ttl_s,
+            lease_s=settings.claim_lease_s,
+        )
+        kafka = connect_kafka(settings.kafka)
+        replies, bodies = ReplyLog(kafka, self._names), BodyLog(kafka)
+        engine = OpenAIEngine(
+            settings.engine_url,
+            first_token_timeout_s=settings.first_token_timeout_s,
+            inter_token_timeout_s=settings.inter_token_timeout_s,
+        )
+        try:
+            await replies.start()
+            state, registration = await self._register(store)
+            claimed = await self._claim(state, store, registration)
+            if claimed is None:
+                return "not run: the job is not this worker's any more"
+            pacer = Pacer(settings.chunk_interval_s)
+            executor = Executor(state, engine, replies, bodies, pacer)
+            return await self._execute(state, store, registration, executor, pacer, claimed)
+        finally:
+            await replies.stop()
+            await bodies.stop()
+            await engine.close()
+            await client.aclose()
+
+    async def _register(self, store: NodeStore) -> tuple[AgentState, Registration]:
+        """Register the worker's incarnation; one that was fenced between jobs is replaced by a new one."""
+        incarnation = self._execution.incarnation
+        try:
+            async with asyncio.timeout(REGISTER_TIMEOUT_S):
+                while True:
+                    state = self._state(incarnation)
+                    registration = Registration(state, store)
+                    try:
+                        await registration.begin()
+                        return state, registration
+                    except Fenced:
+                        incarnation = f"{self._execution.incarnation}-{self._execution.id}"
+        except TimeoutError:
+            raise AttemptFailed(
+                f"node {self._settings.node}: expected no other agent, seen one for {REGISTER_TIMEOUT_S} s; "
+                "stop it before running an RQ worker on its queue"
+            ) from None
+
+    def _state(self, incarnation: str) -> AgentState:
+        settings = self._settings
+        identity = NodeIdentity(
+            node=settings.node,
+            incarnation=incarnation,
+            models=tuple(name.strip() for name in settings.models.split(",") if name.strip()),
+            role=settings.role,
+            max_running=1,
+            max_model_len=settings.max_model_len,
+            kv_total_tokens=settings.kv_total_tokens,
+            engine_url=settings.engine_url,
+        )
+        return AgentState(
+            identity=identity, clock=self._clock, metrics=AgentMetrics(CollectorRegistry()), log=self._log
+        )
+
+    async def _claim(self, state: AgentState, store: NodeStore, registration: Registration) -> Claimed | None:
+        number = self._clock.now_ms()  # rises from job to job of a worker, whichever process runs it
+        execution = self._execution
+        claim = await registration.say(
+            lambda: store.claim(
+                state.identity.incarnation,
+                number,
+                1,
+                now_iso=self._clock.now_iso(),
+                execution=execution.id,
+                job=execution.job,
+            )
+        )
+        return claim.jobs[0] if claim.jobs else None
+
+    async def _execute(
+        self,
+        state: AgentState,
+        store: NodeStore,
+        registration: Registration,
+        executor: Executor,
+        pacer: Pacer,
+        claimed: Claimed,
+    ) -> str:
+        """Run the attempt, its lease prolonged beside it, and complete it."""
+        settings = self._settings
+        held = state.take(claimed, codec.envelopes.decode(claimed.envelope))
+        work = decode_job_data(claimed.data)
+        heartbeat = Heartbeat(
+            state,
+            store,
+            registration,
+            interval_s=settings.report_interval_s,
+            min_interval_s=settings.min_report_interval_s,
+        )
+        answers: list[str] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                beside = [group.create_task(heartbeat.run()), group.create_task(pacer.run())]
+                attempt = JobId.parse(claimed.job).attempt
+                again = claimed.failures > 0
+                held.task = group.create_task(executor.run(claimed.job, attempt, work, again=again))
+                await asyncio.wait([held.task])
+                if (ending := held.ending) is not None:
+                    answers = await registration.say(
+                        lambda: store.complete(state.identity.incarnation, [ending])
+                    )
+                for task in beside:
+                    task.cancel()
+        except* Fenced:
+            answers = ["lost"]
+        if held.ending is None or answers != ["ok"]:
+            return "lost: the attempt was superseded"
+        if held.ending.kind != "outcome":
+            failed = codec.failed_attempts.decode(held.ending.payload)
+            raise AttemptFailed(f"{failed.cause.value}: {failed.message}")
+        return codec.outcome_heads.decode(held.ending.payload).kind.value
