@@ -377,13 +377,13 @@ class SimRedis:
         """
         self.server.down(down_s or None)
         state = self._state
-        state.script_cache.clear()
         if not keep_data:
             state.wipe()
             self._history.forget()
         elif lose_last_s > 0:
             self._history.restore(state, self._socket, self._network.loop.epoch_s() - lose_last_s)
         state.touched.clear()
+        state.script_cache.clear()  # only now: replaying the history needs the scripts
         if down_s <= 0:
             self.server.up()
 

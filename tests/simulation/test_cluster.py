@@ -1,0 +1,30 @@
+"""The cluster simulation: seeded workloads, networks and faults, production code, invariants throughout."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.support.cluster import simulate
+
+SEEDS = 200
+LONG_SEEDS = 5000
+BATCH = 10
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_nothing_is_lost_and_answered_once(first: int) -> None:
+    for seed in range(first, first + BATCH):
+        result = simulate(seed)
+        assert not result.violations, result.explain()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.environ.get("FLEXLB_TEST_PROFILE") != "long", reason="the long profile only")
+@pytest.mark.parametrize("first", range(SEEDS, LONG_SEEDS, 100))
+def test_many_more_seeds(first: int) -> None:
+    for seed in range(first, first + 100):
+        result = simulate(seed)
+        assert not result.violations, result.explain()
