@@ -125,7 +125,13 @@ class Cluster:
         self.expectations = Expectations()
         self.redis = ObservedRedis(self.network)
         self.invariants = Invariants(
-            self.names, NODES, self.redis, self.kafka, self.expectations, self.result.violations
+            self.names,
+            NODES,
+            self.redis,
+            self.kafka,
+            self.expectations,
+            self.result.violations,
+            scripts=self._scripts,
         )
         self.redis.observer = self.invariants.after_effect
         self._trace = trace
@@ -308,7 +314,7 @@ class Cluster:
             group.create_task(self.submit_all())
             group.create_task(self.break_things())
         until = self._loop.time() + SETTLE_S
-        while self._loop.time() < until and self.invariants.unanswered():
+        while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.25)
         self.invariants.check_end()
         for process in self.processes.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,11 @@ class ObservedRedis(SimRedis):
 
 
 class Invariants:
-    """Watches one cluster; violations are appended to the list given."""
+    """Watches one cluster; violations are appended to the list given.
+
+    Args:
+        scripts: sources that replace shipped ones in this cluster, by name.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,8 @@ class Invariants:
         kafka: SimKafka,
         expectations: Expectations,
         violations: list[str],
+        *,
+        scripts: Mapping[str, str],
     ) -> None:
         self._names = names
         self._nodes = nodes
@@ -89,16 +95,15 @@ class Invariants:
         self._kafka = kafka
         self._expectations = expectations
         self._violations = violations
-        self._scripts: dict[bytes, str] = {}
+        self._scripts = {
+            Script(name, scripts.get(name)).digest.encode(): name
+            for name in (*LEADER_SCRIPTS, *AGENT_SCRIPTS)
+        }
         self._effects = 0
         self._permanent = re.compile(
             rf"{re.escape(names.prefix)}(leader|epoch|renewals|generation|marks|settled|pending|pending:.*|closing"
             rf"|reports|blocks|nodes|above:.*|node:[^:]*:claimed)$|rq:(queues|workers|workers:.*|queue:.*|job:.*|wip:.*)$"
         )
-
-    def know_script(self, name: str, source: str) -> None:
-        """Recognise a script by its digest."""
-        self._scripts[Script(name, source).digest.encode()] = name
 
     def violate(self, what: str) -> None:
         """Note a violation."""
@@ -129,17 +134,10 @@ class Invariants:
     def _script_name(self, fields: Sequence[bytes]) -> str | None:
         command = fields[0].upper()
         if command == b"EVALSHA":
-            return self._scripts.get(fields[1]) or self._shipped(fields[1])
+            return self._scripts.get(fields[1])
         if command == b"EVAL":
-            digest = Script("", fields[1].decode()).digest.encode()
-            return self._scripts.get(digest) or self._shipped(digest)
+            return self._scripts.get(Script("", fields[1].decode()).digest.encode())
         return None
-
-    def _shipped(self, digest: bytes) -> str | None:
-        if not any(name in LEADER_SCRIPTS for name in self._scripts.values()):
-            for name in (*LEADER_SCRIPTS, *AGENT_SCRIPTS):
-                self._scripts.setdefault(Script(name).digest.encode(), name)
-        return self._scripts.get(digest)
 
     def _check_incarnation(self, name: str, node_key: str, incarnation: bytes) -> None:
         current, fenced = self._redis.call("HMGET", node_key, "incarnation", "fenced")
