@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import math
 import os
-import sys
 import time
 from array import array
 from bisect import bisect_left

@@ -32,6 +32,7 @@ from dispatcher.protocol.outcome import Outcome
 from dispatcher.protocol.request import (
     DEFAULT_PRIORITY,
     INLINE_BODY_BYTES,
+    NO_BODY,
     BodyRef,
     CancelRequest,
     Endpoint,
@@ -264,7 +265,7 @@ class Client:
             submitted_s = self._monotonic()
             if len(payload) > INLINE_BODY_BYTES:
                 body_ref = await self._append_body(key, payload)
-                request = msgspec.structs.replace(request, body=msgspec.Raw(b""), body_ref=body_ref)
+                request = msgspec.structs.replace(request, body=NO_BODY, body_ref=body_ref)
         except BaseException:
             self._room.release()
             raise

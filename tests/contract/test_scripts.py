@@ -186,11 +186,11 @@ def everywhere(body: Body) -> Callable[..., None]:
     @pytest.mark.parametrize("server", ["valkey", "simulated"])
     def test(server: str, request: pytest.FixtureRequest) -> None:
         if server == "valkey":
-            run(on_valkey(request.getfixturevalue("shared_valkey"), body))  # type: ignore[arg-type]
+            run(on_valkey(request.getfixturevalue("shared_valkey"), body))
         else:
             run_in_virtual_time(on_simulation(body))
 
-    test.__name__ = body.__name__  # type: ignore[attr-defined]
+    test.__name__ = body.__name__
     test.__doc__ = body.__doc__
     return test
 
