@@ -4,7 +4,8 @@ RQ has taken the job from the node's queue already; the claim proves it by RQ's 
 there on the attempt is leased, run and completed like any other. One job at a time, on a connection of
 its own: this is for operators with RQ's tools at hand, the agent is what keeps an engine busy.
 
-An attempt that failed raises, so that RQ keeps the job's hash, from which the leader binds it again.
+An attempt that failed raises, so that RQ keeps the job's hash, from which the leader binds it again; of
+one that ended RQ keeps a record of its own for a while, in place of the hash that the completion deleted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 from rq import get_current_job
+from rq.job import Job
 from rq.utils import as_text
 
 from dispatcher.backends.body_log import BodyLog
@@ -41,6 +43,11 @@ from workers_agent.state import AgentState
 
 REGISTER_TIMEOUT_S = 10.0
 """How long another incarnation of the node may live on: a dead one's heartbeat is gone long before."""
+RECORD_S = 60
+"""How long RQ keeps its record of a job that ended."""
+FOREIGN_RECORD_S = 86_400
+"""As above for a job that is in other hands: its hash is theirs, and RQ is about to let it expire."""
+NOT_RUN = "not run: the job is not this worker's any more"
 
 
 class AttemptFailed(FlexLBError):
@@ -67,17 +74,20 @@ def execute(work: Mapping[str, object]) -> str:
         AttemptFailed: without an outcome; the leader decides what becomes of the request.
         SettingsError: the environment lacks something, or names another node than the job's.
     """
-    settings = read_settings(AgentSettings, {})
-    execution = _current_execution()
-    _check(settings, JobId.parse(execution.job))
-    return asyncio.run(_Run(settings, execution).run())
-
-
-def _current_execution() -> Execution:
-    """What RQ knows of this run: the newest execution of the job, and the worker that does it."""
     job = get_current_job()
     if job is None:
         raise SettingsError("expected to be called by an RQ worker, seen no current job; start `rq worker`")
+    settings = read_settings(AgentSettings, {})
+    _check(settings, JobId.parse(job.id))
+    job.result_ttl = FOREIGN_RECORD_S
+    text = asyncio.run(_Run(settings, _current_execution(job)).run())
+    if text != NOT_RUN:
+        job.result_ttl = RECORD_S
+    return text
+
+
+def _current_execution(job: Job) -> Execution:
+    """What RQ knows of this run: the newest execution of the job, and the worker that does it."""
     executions = sorted(job.get_executions(), key=lambda found: found.created_at)
     if not executions:
         raise AttemptFailed(f"job {job.id}: expected an execution of RQ 3, seen none; upgrade rq")
@@ -130,7 +140,7 @@ class _Run:
             state, registration = await self._register(store)
             claimed = await self._claim(state, store, registration)
             if claimed is None:
-                return "not run: the job is not this worker's any more"
+                return NOT_RUN
             pacer = Pacer(settings.chunk_interval_s)
             executor = Executor(state, engine, replies, bodies, pacer)
             return await self._execute(state, store, registration, executor, pacer, claimed)

@@ -240,6 +240,9 @@ class Client:
         payload = body if isinstance(body, bytes) else msgspec.json.encode(body)
         if payload.lstrip()[:1] != b"{":
             raise ValueError("body: expected a JSON object; send the endpoint's own OpenAI body")
+        if endpoint not in set(Endpoint):
+            expected = " or ".join(Endpoint)
+            raise ValueError(f"endpoint: expected {expected}, seen {endpoint[:80]!r}")
         id = self._new_id() if id is None else id
         if id.encode() in self._unfinished:
             raise ValueError(f"id: {id[:80]!r} is still unanswered; wait for its outcome or choose another")

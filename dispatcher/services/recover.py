@@ -133,7 +133,7 @@ class Recovery:
         for node in mirror.fleet.nodes.values():
             node.held, node.held_tokens, node.admitted = {}, 0, False
         mirror.resync()
-        await mirror.step()
+        await mirror.step(block_ms=None)
         mirror.changed = {node.name for node in mirror.fleet.nodes.values() if node.available}
         mirror.left = set()
         mirror.forgive()

@@ -50,13 +50,13 @@ class FleetMirror:
         while True:
             await self.step()
 
-    async def step(self) -> None:
-        """Take in what was reported; waits a little for news."""
+    async def step(self, *, block_ms: int | None = READ_BLOCK_MS) -> None:
+        """Take in what was reported; waits a little for news (not at all for None)."""
         try:
             await self._sync_when_due()
             assert self._cursor is not None
             entries = await self._view.read_stream(
-                self._view.names.reports, self._cursor, block_ms=READ_BLOCK_MS, count=READ_COUNT
+                self._view.names.reports, self._cursor, block_ms=block_ms, count=READ_COUNT
             )
             for entry in entries:
                 self._cursor = entry.id

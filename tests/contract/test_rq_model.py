@@ -18,7 +18,7 @@ from aiokafka import TopicPartition
 from rq import Queue, Worker
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
-from rq.registry import FailedJobRegistry, StartedJobRegistry
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from dispatcher.backends.connect import KafkaClients
@@ -373,8 +373,11 @@ async def test_a_stock_worker_runs_our_jobs_to_their_outcome(
     assert len(await scene.closing()) == 2
     assert (queue.count, StartedJobRegistry(queue=queue).count) == (0, 0)
     assert FailedJobRegistry(queue=queue).count == 0, log
-    assert not any(Job.exists(str(job), connection=queue.connection) for job in jobs)
+    assert FinishedJobRegistry(queue=queue).get_job_ids() == [str(job) for job in jobs]
     assert await scene.client.zcard(scene.names.claimed(NODE)) == 0
+    for key in await scene.client.keys("rq:*"):
+        kept = await scene.client.pttl(key)
+        assert kept > 0 or key.startswith((b"rq:queues", b"rq:workers", b"rq:finished:")), key
 
 
 @pytest.mark.kafka
