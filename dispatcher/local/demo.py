@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ async def _replay(stack: LocalStack, trace: list[TraceRequest], options: argpars
 
 
 async def _break(stack: LocalStack, kills: list[str], seconds: float, rng: random.Random) -> None:
-    faults: dict[str, Callable[[LocalStack, random.Random], Awaitable[None]]] = {
+    faults: dict[str, Callable[[LocalStack, random.Random], Coroutine[Any, Any, None]]] = {
         "dispatcher": _kill_dispatcher,
         "agent": _kill_agent,
         "engine": _kill_engine,

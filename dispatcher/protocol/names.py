@@ -234,7 +234,7 @@ class Names:
 
     @property
     def generation(self) -> str:
-        """`id` (uuid of this Redis data set) and `counter` (bumped at each assign and each ending of the leader)."""
+        """`id` (uuid of this Redis data set) and `counter` (bumped at each move that a leader makes)."""
         return f"{self.prefix}generation"
 
     @property

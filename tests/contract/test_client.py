@@ -29,7 +29,7 @@ from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import Choice, Outcome, OutcomeKind, Reason, Usage
 from dispatcher.protocol.request import Endpoint, InferenceRequest, Tokens
 from dispatcher.replay.replay import ReplayResult, ReplaySettings, replay
-from dispatcher.replay.report import is_clean, summarise
+from dispatcher.replay.report import summarise
 from dispatcher.replay.traces import TraceRequest
 from dispatcher.scheduling.admission import fingerprint
 from tests.support.pool import Pool, ScriptedNode

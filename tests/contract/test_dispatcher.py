@@ -208,11 +208,16 @@ async def test_window_is_bounded_and_reads_on(
 async def test_failing_attempts_go_elsewhere_then_to_the_dead_letters(
     kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
 ) -> None:
-    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()) as dispatcher:
         nodes = [ScriptedNode(one, "n1"), ScriptedNode(one, "n2")]
         for node in nodes:
             node.holds = True
         async with one.running(nodes[0]), one.running(nodes[1]):
+            fleet = dispatcher.mirror.fleet
+            await wait_until(
+                lambda: sum(node.is_eligible for node in fleet.nodes.values()) == 2,
+                "both nodes to be admitted",
+            )
             await one.append(request("fails"))
             used = []
             for _ in range(4):
