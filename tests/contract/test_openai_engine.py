@@ -261,7 +261,7 @@ async def test_a_body_that_is_none_is_refused_without_a_call(body: bytes) -> Non
     ],
 )
 def test_choices_are_prompts_times_n(endpoint: Endpoint, body: bytes, choices: int) -> None:
-    assert streaming_body(endpoint, body)[1] == choices
+    assert streaming_body(endpoint, body, "m")[1] == choices
 
 
 async def test_nobody_listening_is_a_failure_to_connect() -> None:
@@ -497,3 +497,11 @@ async def test_the_simulator_process_refuses_a_wrong_argument(arguments: tuple[s
     _, errors = await process.communicate()
     assert process.returncode == 2
     assert arguments[0] in errors.decode()
+
+
+def test_body_without_a_model_gets_the_requests() -> None:
+    made, _ = streaming_body(Endpoint.COMPLETIONS, b'{"prompt": "x"}', "llama")
+    assert b'"model":"llama"' in made
+    made, _ = streaming_body(Endpoint.COMPLETIONS, b'{"prompt": "x", "model": "own"}', "llama")
+    assert b'"model":"own"' in made
+    assert b"llama" not in made

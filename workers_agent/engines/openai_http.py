@@ -92,10 +92,10 @@ _elements = msgspec.json.Decoder(list[Raw])
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def streaming_body(endpoint: Endpoint, body: bytes) -> tuple[bytes, int]:
+def streaming_body(endpoint: Endpoint, body: bytes, model: str) -> tuple[bytes, int]:
     """Make `body` ask for a stream with usage; return it and how many choices will answer it.
 
-    Values are not re-encoded.
+    A body that names no model gets the request's. Values are not re-encoded.
 
     Raises:
         EngineFailure: REFUSED, the body can't be an OpenAI body.
@@ -113,6 +113,8 @@ def streaming_body(endpoint: Endpoint, body: bytes) -> tuple[bytes, int]:
         raise EngineFailure(FailureCause.REFUSED, f"body: n or prompt: {error}") from None
     if n is not None and n < 1:
         raise EngineFailure(FailureCause.REFUSED, f"body: n: expected 1 or more, seen {n}")
+    if "model" not in fields:
+        fields["model"] = Raw(msgspec.json.encode(model))
     fields["stream"] = Raw(b"true")
     fields["stream_options"] = Raw(b'{"include_usage":true}')
     return msgspec.json.encode(fields), (n or 1) * prompts
@@ -288,7 +290,7 @@ class OpenAIEngine:
     async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
         """Run `body` at `work.endpoint`; see `Engine.stream`."""
         loop = asyncio.get_running_loop()
-        body, choices = streaming_body(work.endpoint, body)
+        body, choices = streaming_body(work.endpoint, body, work.model)
         deadline = loop.time() + self._first_token_timeout_s
         response = await self._post(work, body, deadline)
         try:
