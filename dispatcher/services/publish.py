@@ -32,6 +32,7 @@ from dispatcher.services.state import Bound, LeaderState
 
 READ_COUNT = 512
 READ_BLOCK_MS = 500
+LARGEST_OUTCOME_BYTES = 8 << 20
 RECOMMIT_S = 60.0
 """An idle pool's marks are committed again this often, so that retention of offsets never ends."""
 
@@ -293,8 +294,17 @@ def _published_ending(entry: StreamEntry, ref: Ref) -> _Ending:
     if entry.text("kind") == "dead":
         outcome, _, dead = payload.partition(b"\n")
     id = entry.text("id")
+    if len(outcome) > LARGEST_OUTCOME_BYTES:
+        outcome = _without_text(outcome)
     publication = Publication(key=id.encode(), outcome=outcome, dead=dead)
     return _Ending(entry=entry.id, ref=ref, id=id, publication=publication)
+
+
+def _without_text(payload: bytes) -> bytes:
+    """An outcome that Kafka would refuse, without what makes it so large."""
+    outcome = codec.outcomes.decode(payload)
+    message = f"the answer of {len(payload)} bytes is on the reply topic only; {outcome.message}"
+    return codec.encode(msgspec.structs.replace(outcome, choices=(), message=message[:2000]))
 
 
 def _given_up(

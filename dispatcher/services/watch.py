@@ -194,7 +194,7 @@ class Guard:
     async def fence(self, name: str, cause: FailureCause) -> None:
         """Fence a node's incarnation and take back everything it held."""
         node = self._mirror.fleet.nodes.get(name)
-        if node is None:
+        if node is None or not node.available:
             return
         node.available = False
         incarnation = node.identity.incarnation

@@ -18,9 +18,11 @@ from dispatcher.local.processes import free_port
 from tests.support.servers import give_up, why_no_kafka
 
 
-async def flexlb(*arguments: str, timeout_s: float = 60, **environment: str) -> tuple[int, str, str]:
+async def flexlb(
+    *arguments: str, timeout_s: float = 60, environment: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Run a command to its end: exit code, stdout, stderr."""
-    async with started(*arguments, **environment) as process:
+    async with started(*arguments, environment=environment) as process:
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate()
     assert process.returncode is not None
@@ -28,7 +30,9 @@ async def flexlb(*arguments: str, timeout_s: float = 60, **environment: str) -> 
 
 
 @asynccontextmanager
-async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def started(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """Start a command; it is killed at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -37,7 +41,7 @@ async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
     )
     try:
         yield process
@@ -80,7 +84,7 @@ async def test_help_names_every_command() -> None:
 async def test_wrong_use_is_told_in_words(
     arguments: list[str], environment: dict[str, str], words: str
 ) -> None:
-    code, _, err = await flexlb(*arguments, **environment)
+    code, _, err = await flexlb(*arguments, environment=environment)
     assert code == 2
     assert words in err
     assert "Traceback" not in err
@@ -137,7 +141,7 @@ async def test_demo_is_clean(tmp_path: Path, kills: list[str]) -> None:
 async def test_up_is_ready_serves_a_request_and_leaves_nothing(tmp_path: Path) -> None:
     if (reason := why_no_kafka()) is not None:
         give_up(reason)
-    async with started("up", "--nodes", "1", "--json", TMPDIR=str(tmp_path)) as process:
+    async with started("up", "--nodes", "1", "--json", environment={"TMPDIR": str(tmp_path)}) as process:
         assert process.stdout is not None
         async with asyncio.timeout(60):
             addresses = json.loads(await process.stdout.readline())
@@ -152,8 +156,13 @@ async def test_up_is_ready_serves_a_request_and_leaves_nothing(tmp_path: Path) -
         async with asyncio.timeout(60):
             await process.communicate()
     assert process.returncode == 0
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    assert list(tmp_path.iterdir()) == []
+    assert still_there(children) == []
+    assert os.listdir(tmp_path) == []
+
+
+def still_there(pids: list[int]) -> list[int]:
+    """Those processes that exist."""
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def children_of(pid: int) -> list[int]:

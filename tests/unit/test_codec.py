@@ -164,7 +164,9 @@ def test_of_a_repeated_field_the_last_counts() -> None:
 
 
 @every_record
-@pytest.mark.parametrize("data", [b"", b" ", b"null", b"true", b"1", b'"text"', b"[]", b"{}", b"\xef\xbb\xbf{}"])
+@pytest.mark.parametrize(
+    "data", [b"", b" ", b"null", b"true", b"1", b'"text"', b"[]", b"{}", b"\xef\xbb\xbf{}"]
+)
 def test_what_is_no_record_is_malformed(kind: str, data: bytes) -> None:
     with pytest.raises(MalformedRecord, match="^[A-Z][A-Za-z]+: "):
         CODECS[kind].decode(data)

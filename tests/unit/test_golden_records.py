@@ -131,9 +131,7 @@ RECORDS: dict[str, msgspec.Struct] = {
         node="gpu-17",
         first_token=12,
         tokens=3,
-        choices=(
-            ChoiceDelta(index=1, text=" Grüße", token_ids=(5, 6), deltas=(Raw(b'{"tool_calls":[]}'),)),
-        ),
+        choices=(ChoiceDelta(index=1, text=" Grüße", token_ids=(5, 6), deltas=(Raw(b'{"tool_calls":[]}'),)),),
         restarted=True,
         finish_reason="stop",
     ),

@@ -101,9 +101,7 @@ def test_defaults_are_empty_salts_and_blocks_of_256() -> None:
 def test_any_input_hashes_as_the_document_says(
     tokens: list[int], block_size: int, model: str, lora: str, salt: str
 ) -> None:
-    hashes = prefix_hash.block_hashes(
-        tokens, model=model, block_size=block_size, lora=lora, cache_salt=salt
-    )
+    hashes = prefix_hash.block_hashes(tokens, model=model, block_size=block_size, lora=lora, cache_salt=salt)
     _, expected = by_the_words(tokens, model=model, block_size=block_size, lora=lora, cache_salt=salt)
     assert list(hashes) == expected
 
@@ -131,7 +129,13 @@ def test_equal_prefixes_share_exactly_their_full_blocks(
 def test_lengths_keep_neighbouring_salts_apart() -> None:
     seeds = {
         prefix_hash.seed(model=model, lora=lora, cache_salt=salt)
-        for model, lora, salt in (("ab", "", ""), ("a", "b", ""), ("a", "", "b"), ("", "ab", ""), ("", "a", "b"))
+        for model, lora, salt in (
+            ("ab", "", ""),
+            ("a", "b", ""),
+            ("a", "", "b"),
+            ("", "ab", ""),
+            ("", "a", "b"),
+        )
     }
     assert len(seeds) == 5
 

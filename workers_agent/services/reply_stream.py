@@ -178,24 +178,18 @@ class Pacer:
 
     async def run(self) -> None:
         """Flush until cancelled."""
-        while True:
-            await self._wake.wait()
-            await asyncio.sleep(self._interval_s)
-            self._wake.clear()
-            due, self._due = self._due, {}
-            for stream in due:
-                self._flush(stream)
-
-    def _flush(self, stream: ReplyStream) -> None:
-        task = asyncio.ensure_future(_flushed(stream))
-        _tasks.add(task)
-        task.add_done_callback(_tasks.discard)
-
-
-_tasks: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._wake.wait()
+                await asyncio.sleep(self._interval_s)
+                self._wake.clear()
+                due, self._due = self._due, {}
+                for stream in due:
+                    group.create_task(_flushed(stream))
 
 
 async def _flushed(stream: ReplyStream) -> None:
+    """Flush; a failure is the stream's own, told at its next token."""
     try:
         await stream.flush()
     except Exception as error:
