@@ -30,6 +30,12 @@ REAP_S = 2.0
 GENERATION_CHECK_S = 1.0
 
 
+def _order(id: bytes) -> tuple[int, int]:
+    """What stream ids are ordered by."""
+    milliseconds, _, sequence = id.partition(b"-")
+    return int(milliseconds), int(sequence or 0)
+
+
 class FleetMirror:
     """A fleet that follows the reports stream."""
 
@@ -78,7 +84,7 @@ class FleetMirror:
         newest = await self._view.last_id(self._view.names.reports)
         names = set(await self._view.node_names()) | set(self.fleet.nodes)
         self.merge(await self._view.nodes(sorted(names)))
-        if self._cursor is None or self._cursor > newest:
+        if self._cursor is None or _order(self._cursor) > _order(newest):
             self._cursor = newest
         self._synced_at = now
 

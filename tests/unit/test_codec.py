@@ -56,8 +56,7 @@ def decode(kind: str, data: bytes) -> Any:
     """Decode, letting nothing but MalformedRecord pass."""
     try:
         return CODECS[kind].decode(data)
-    except MalformedRecord as error:
-        assert str(error)
+    except MalformedRecord:
         return None
 
 
@@ -168,7 +167,7 @@ def test_of_a_repeated_field_the_last_counts() -> None:
     "data", [b"", b" ", b"null", b"true", b"1", b'"text"', b"[]", b"{}", b"\xef\xbb\xbf{}"]
 )
 def test_what_is_no_record_is_malformed(kind: str, data: bytes) -> None:
-    with pytest.raises(MalformedRecord, match="^[A-Z][A-Za-z]+: "):
+    with pytest.raises(MalformedRecord, match=r"^[A-Z][A-Za-z]+: "):
         CODECS[kind].decode(data)
 
 
