@@ -225,8 +225,7 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 beside = [group.create_task(heartbeat.run()), group.create_task(pacer.run())]
                 attempt = JobId.parse(claimed.job).attempt
-                again = claimed.failures > 0
-                held.task = group.create_task(executor.run(claimed.job, attempt, work, again=again))
+                held.task = group.create_task(executor.run(claimed.job, attempt, work))
                 await asyncio.wait([held.task])
                 if (ending := held.ending) is not None:
                     answers = await registration.say(

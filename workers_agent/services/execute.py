@@ -101,16 +101,16 @@ class Executor:
         self._bodies = bodies
         self._pacer = pacer
 
-    async def run(self, job: str, attempt: Attempt, work: Work, *, again: bool) -> None:
+    async def run(self, job: str, attempt: Attempt, work: Work) -> None:
         """Run one attempt to its ending."""
         state = self._state
         began = state.clock.monotonic()
-        ending, reason = await self.attempt(job, attempt, work, again=again)
+        ending, reason = await self.attempt(job, attempt, work)
         state.metrics.endings.labels(ending.kind, reason).inc()
         state.metrics.attempt_s.observe(state.clock.monotonic() - began)
         state.end(job, ending)
 
-    async def attempt(self, job: str, attempt: Attempt, work: Work, *, again: bool) -> tuple[Ending, str]:
+    async def attempt(self, job: str, attempt: Attempt, work: Work) -> tuple[Ending, str]:
         """Run one attempt; how it ended, and the reason or cause for metrics."""
         state = self._state
         claimed_ms = state.clock.now_ms()
@@ -119,7 +119,7 @@ class Executor:
         kind, reason, message = OutcomeKind.COMPLETED, Reason.FINISHED, ""
         try:
             async with asyncio.timeout(self._seconds_left(work)):
-                await self._generate(work, attempt, answer, stream, again=again)
+                await self._generate(work, answer, stream)
         except TimeoutError:
             kind, reason = OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED
             message = f"deadline passed after {answer.tokens} tokens"
@@ -162,11 +162,9 @@ class Executor:
             return None
         return (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
 
-    async def _generate(
-        self, work: Work, attempt: Attempt, answer: Answer, stream: ReplyStream, *, again: bool
-    ) -> None:
+    async def _generate(self, work: Work, answer: Answer, stream: ReplyStream) -> None:
         body = await self._body(work)
-        await stream.begin(restarted=again or attempt.n > 1)
+        await stream.begin()
         clock = self._state.clock
         async with contextlib.aclosing(self._engine.stream(work, body)) as pieces:
             async for piece in pieces:

@@ -102,6 +102,6 @@ class Pull:
             return
         held = state.take(claimed, envelope)
         held.task = self._group.create_task(
-            self._executor.run(claimed.job, job.attempt, work, again=claimed.failures > 0),
+            self._executor.run(claimed.job, job.attempt, work),
             name=f"attempt {claimed.job}",
         )

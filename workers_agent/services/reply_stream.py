@@ -44,9 +44,13 @@ class ReplyStream:
         self._lock = asyncio.Lock()
         self.failure: Exception | None = None
 
-    async def begin(self, *, restarted: bool) -> None:
-        """Say that this attempt answers from now on."""
-        await self._write(self._chunk(ChunkKind.BEGIN, restarted=restarted))
+    async def begin(self) -> None:
+        """Say that this attempt answers from now on, and from the first token.
+
+        It always says that it starts over: whether an earlier attempt has streamed, before a change of
+        leader or a loss of Redis data, can't be known here, and a reader that showed nothing voids nothing.
+        """
+        await self._write(self._chunk(ChunkKind.BEGIN, restarted=True))
 
     async def add(self, piece: Piece) -> None:
         """Take what the engine gave; the first tokens go out at once."""
