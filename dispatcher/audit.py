@@ -272,8 +272,8 @@ class Ledger:
             self.orphans.append(_because(known, f"its ref names a record of {_shown(source.identities[at])}"))
             return
         if self.is_audited(source, at):
-            self.outcomes[head.kind.value] += 1
-        if head.reason is Reason.ID_IN_USE:
+            self.outcomes[head.kind] += 1
+        if head.reason == Reason.ID_IN_USE:
             _count(source.refusals, at)
             if head.fingerprint:
                 _count(source.exact_refusals, at)

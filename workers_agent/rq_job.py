@@ -240,4 +240,4 @@ class _Run:
         if held.ending.kind != "outcome":
             failed = codec.failed_attempts.decode(held.ending.payload)
             raise AttemptFailed(f"{failed.cause.value}: {failed.message}")
-        return codec.outcome_heads.decode(held.ending.payload).kind.value
+        return codec.outcome_heads.decode(held.ending.payload).kind

@@ -219,9 +219,9 @@ class LeaderStore:
     async def admit(self, node: str, *, forget: bool = False) -> None:
         """Enter a node into the shared sets, or take it out."""
         names = self.names
-        keys = (names.epoch, names.nodes, "rq:queues", "rq:workers", f"rq:workers:{names.queue(node)}")
+        keys = (names.nodes, "rq:queues", "rq:workers", f"rq:workers:{names.queue(node)}")
         arguments = [node, names.queue_key(node), names.worker(node), "forget" if forget else "admit"]
-        await self._run("admit", keys, arguments)
+        await self._run_counted("admit", keys, arguments)
 
     async def begin_generation(
         self, generation: str, marks: Mapping[str, int], above: Mapping[str, Sequence[int]]
@@ -245,13 +245,14 @@ class LeaderStore:
             names.settled,
         )
         await self._run("begin_generation", keys, arguments)
+        self.counter = 0
 
     async def remember(self, identities: Mapping[str, str]) -> None:
         """Note whose (tenant, id) is whose, by identity key: `<ref>|<fingerprint>`; known ones stay."""
         arguments: list[Argument] = [IDENTITY_WINDOW_MS]
         for key, owner in identities.items():
             arguments += (key, owner)
-        await self._run("remember", (self.names.epoch,), arguments)
+        await self._run_counted("remember", (), arguments)
 
     async def adopt(
         self, node: str, incarnation: str, items: Sequence[AdoptItem], *, lease_s: float, now_iso: str
@@ -271,8 +272,8 @@ class LeaderStore:
             ref = item.job.ref
             arguments += (str(item.job), str(ref), ref.source, ref.offset, item.cost_tokens)
             arguments += (item.identity, item.fingerprint, item.envelope, item.data)
-        keys = (names.epoch, names.node(node), names.claimed(node), names.marks, names.wip(node))
-        return [answer.decode() for answer in await self._run("adopt", keys, arguments)]
+        keys = (names.node(node), names.claimed(node), names.marks, names.wip(node))
+        return [answer.decode() for answer in await self._run_counted("adopt", keys, arguments)]
 
     async def held_inventory(self, node: str) -> dict[str, tuple[bytes, bytes]]:
         """What a node registered as held: job id to (envelope, data)."""

@@ -194,6 +194,12 @@ class StoreView:
             if stored[0] is not None:
                 ledger.jobs.append(_stored_job("", "", stored, claimed=False, not_before_ms=int(not_before)))
 
+    async def pending_refs(self) -> list[str]:
+        """Refs in `pending`, by not-before."""
+        return [
+            ref.decode() for ref in await self._ask(self._client.zrange(self.names.pending, 0, -1), "pending")
+        ]
+
     async def pending_jobs(self, refs: Iterable[str]) -> list[StoredJob]:
         """The pending entries of `refs`, those that exist."""
         fields = await self._job_fields([self.names.pending_job(ref) for ref in refs])

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from dispatcher.protocol.names import Ref
-from dispatcher.protocol.request import NO_BODY, PROTOCOL_VERSION, BodyRef, Endpoint, ReplyTo
+from dispatcher.protocol.request import FIRST_VERSION, NO_BODY, BodyRef, Endpoint, ReplyTo
 
 ENTRY_POINT = "workers_agent.rq_job.execute"
 """The function that a stock RQ worker calls for a job."""
@@ -35,7 +35,7 @@ class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str = ""
     session: str = ""
     lora: str = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
     @property
     def cost_tokens(self) -> int:
@@ -60,7 +60,7 @@ class Work(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str = ""
     cache_salt: str = ""
     traceparent: str = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
 
 def ref_of(envelope: Envelope) -> Ref:

@@ -12,7 +12,7 @@ from enum import StrEnum
 import msgspec
 from msgspec import Struct
 
-from dispatcher.protocol.request import PROTOCOL_VERSION
+from dispatcher.protocol.request import FIRST_VERSION
 
 
 class ChunkKind(StrEnum):
@@ -50,4 +50,4 @@ class Chunk(Struct, frozen=True, kw_only=True, omit_defaults=True):
     choices: tuple[ChoiceDelta, ...] = ()
     restarted: bool = False
     finish_reason: str = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION

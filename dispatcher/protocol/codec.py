@@ -17,6 +17,8 @@ from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, Outc
 from dispatcher.protocol.request import PROTOCOL_VERSION, CancelRequest, InferenceRequest
 
 T = TypeVar("T")
+MESSAGE_CHARS = 400
+"""Of a decoder's message: it may repeat what it was given."""
 
 
 class MalformedRecord(ValueError):
@@ -44,15 +46,33 @@ class Codec(Generic[T]):
         try:
             value = self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise MalformedRecord(f"{self._name}: {error}") from None
+            self._check_version(_version_of(data))
+            raise MalformedRecord(f"{self._name}: {str(error)[:MESSAGE_CHARS]}") from None
         except RecursionError:
             raise MalformedRecord(f"{self._name}: nested too deeply") from None
-        version = getattr(value, "v", PROTOCOL_VERSION)
+        self._check_version(getattr(value, "v", PROTOCOL_VERSION))
+        return value
+
+    def _check_version(self, version: int) -> None:
         if version > PROTOCOL_VERSION:
             raise UnsupportedVersion(
                 f"{self._name}: version {version} is newer than {PROTOCOL_VERSION}; upgrade this process"
             )
-        return value
+
+
+class _Versioned(msgspec.Struct):
+    v: int = 0
+
+
+_versioned = msgspec.json.Decoder(_Versioned)
+
+
+def _version_of(data: bytes) -> int:
+    """The version of a record whose types are wrong for ours: a later one may have changed them."""
+    try:
+        return _versioned.decode(data).v
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
 
 
 def encode(record: msgspec.Struct) -> bytes:

@@ -15,8 +15,13 @@ from enum import StrEnum
 POOL_PATTERN = r"[A-Za-z0-9_]+(?:-[A-Za-z0-9_]+)*"
 """Pools and nodes: letters, digits, `_`, single inner `-`; `--` is the separator inside job ids."""
 _NAME = re.compile(rf"{POOL_PATTERN}\Z")
-_JOB_ID = re.compile(rf"({POOL_PATTERN})--({POOL_PATTERN})--([ib]\d+_\d+)--(\d+)_(\d+)\Z")
-_REF = re.compile(r"([ib])(\d{1,9})_(\d{1,19})\Z")
+_NUMBER = r"(?:0|[1-9][0-9]{0,18})"
+_PARTITION = r"(?:0|[1-9][0-9]{0,8})"
+_JOB_ID = re.compile(
+    rf"({POOL_PATTERN})--({POOL_PATTERN})--([ib]{_PARTITION}_{_NUMBER})--({_NUMBER})_({_NUMBER})\Z"
+)
+_REF = re.compile(rf"([ib])({_PARTITION})_({_NUMBER})\Z")
+_ATTEMPT = re.compile(rf"({_NUMBER})_({_NUMBER})\Z")
 MAX_NAME_CHARS = 64
 
 
@@ -84,10 +89,10 @@ class Attempt:
     @staticmethod
     def parse(text: str) -> Attempt:
         """Read what `str(attempt)` wrote; ValueError for anything else."""
-        epoch, separator, n = text.partition("_")
-        if not (separator and epoch.isdecimal() and n.isdecimal()):
+        found = _ATTEMPT.match(text)
+        if not found:
             raise ValueError(f"attempt: expected <epoch>_<n>, seen {text[:60]!r}")
-        return Attempt(int(epoch), int(n))
+        return Attempt(int(found[1]), int(found[2]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from dispatcher.protocol.request import PROTOCOL_VERSION
+from dispatcher.protocol.request import FIRST_VERSION
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ class NodeIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
     engine_block_size: int = 0
     engine_url: str = ""
     engine_version: str = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
 
 class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -63,7 +63,7 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     draining: bool = False
     engine_ok: bool = True
     left: bool = False
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
 
 class ControlKind(StrEnum):
@@ -94,4 +94,4 @@ class BlockEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: BlockEventKind
     medium: str = "GPU"
     hashes: tuple[str, ...] = ()
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION

@@ -12,7 +12,7 @@ from enum import StrEnum
 import msgspec
 from msgspec import Struct
 
-from dispatcher.protocol.request import PROTOCOL_VERSION
+from dispatcher.protocol.request import FIRST_VERSION
 
 
 class OutcomeKind(StrEnum):
@@ -114,20 +114,23 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Usage = Usage()
     timing: Timing = Timing()
     http_status: int = 0
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
 
 class OutcomeHead(Struct, frozen=True, kw_only=True):
-    """What recovery and the audit read of an outcome, without its text."""
+    """What recovery and the audit read of an outcome, without its text.
+
+    Kind and reason are plain text here: a later release may have added some.
+    """
 
     id: str
     ref: str
-    kind: OutcomeKind
-    reason: Reason
+    kind: str
+    reason: str
     tenant: str = ""
     fingerprint: str = ""
     attempt: str = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
 
 
 class FailedAttempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -152,4 +155,4 @@ class DeadLetter(Struct, frozen=True, kw_only=True, omit_defaults=True):
     record_base64: str = ""
     attempts: tuple[FailedAttempt, ...] = ()
     dead_at_ms: int = 0
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION

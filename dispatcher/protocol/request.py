@@ -14,6 +14,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 1
+"""The newest version of records that this release knows."""
+FIRST_VERSION = 1
+"""What a record without `v` is: absent for ever means 1, so later versions must write theirs."""
 INLINE_BODY_BYTES = 16_384
 """Bodies above this travel by reference."""
 DEFAULT_PRIORITY = 50
@@ -73,11 +76,11 @@ class InferenceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     endpoint: Endpoint
     body: msgspec.Raw = NO_BODY
     body_ref: BodyRef | None = None
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION
     tenant: Annotated[str, Meta(max_length=256)] = ""
     priority: Annotated[int, Meta(ge=1, le=100)] = DEFAULT_PRIORITY
     deadline_ms: int | None = None
-    ttft_slo_ms: Annotated[int, Meta(ge=1)] | None = None
+    ttft_slo_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
     tokens: Tokens | None = None
     reply_to: ReplyTo | None = None
     session: Annotated[str, Meta(max_length=256)] | None = None
@@ -92,4 +95,4 @@ class CancelRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: RequestIdText
     tenant: Annotated[str, Meta(max_length=256)] = ""
-    v: int = PROTOCOL_VERSION
+    v: int = FIRST_VERSION

@@ -134,6 +134,8 @@ def _check(
         return Reason.MALFORMED, f"record: expected exactly one of body and body_ref, seen {seen}"
     if body and body.lstrip()[:1] != b"{":
         return Reason.MALFORMED, "record: expected body to be a JSON object - at `$.body`"
+    if not _is_text(body):
+        return Reason.MALFORMED, "record: expected body to be UTF-8, seen other bytes - at `$.body`"
     if request.body_ref is not None and request.body_ref.topic != limits.bodies_topic:
         return (
             Reason.BODY_UNREADABLE,
@@ -163,6 +165,14 @@ def _check(
                 f"reply_to.partition: expected 0 to {partitions - 1}, seen {reply.partition}",
             )
     return None
+
+
+def _is_text(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def fingerprint(request: InferenceRequest) -> str:

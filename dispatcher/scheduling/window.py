@@ -125,13 +125,13 @@ class Window:
 
         The choice is not reserved yet: the caller does that before it calls again.
         """
-        self._binds += 1
         lanes = [Lane.INTERACTIVE, Lane.BATCH]
-        if self._binds % BATCH_EVERY == 0:
+        if self._binds % BATCH_EVERY == BATCH_EVERY - 1:
             lanes.reverse()
         for lane in lanes:
             chosen = self._choose_in(lane, fleet, policy, rng, now_ms)
             if chosen is not None:
+                self._binds += 1
                 return chosen
         return None
 

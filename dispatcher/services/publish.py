@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 import msgspec
 
@@ -22,6 +23,7 @@ from dispatcher.protocol.outcome import (
     FailedAttempt,
     Outcome,
     OutcomeKind,
+    Reason,
     Timing,
     Usage,
 )
@@ -40,7 +42,7 @@ RECOMMIT_S = 60.0
 class _Line(msgspec.Struct):
     """What the canonical log line takes from an outcome."""
 
-    kind: OutcomeKind
+    kind: str
     reason: str
     tenant: str = ""
     node: str = ""
@@ -54,12 +56,12 @@ _line = msgspec.json.Decoder(_Line)
 
 @dataclass(frozen=True, kw_only=True)
 class _Ending:
-    """A closing entry ready to be published."""
+    """A closing entry ready to be published; one without a publication is only dropped."""
 
     entry: bytes
     ref: Ref
     id: str
-    publication: Publication
+    publication: Publication | None
     job_to_delete: str = ""
 
 
@@ -137,6 +139,11 @@ class Publish:
         state = self._state
         failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
         job = JobId.parse(entry.text("job"))
+        known = state.bound.get(str(ref))
+        if known is not None and known.job != job:
+            state.log.warning("superseded attempt failed", job=str(job), bound=str(known.job))
+            endings.append(_Ending(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job)))
+            return
         bound = state.unbind(str(ref)) or await self._stored(job)
         if bound is None:
             raise codec.MalformedRecord(f"closing: job {job} has no record")
@@ -195,11 +202,11 @@ class Publish:
         state = self._state
         fresh: dict[str, _Ending] = {}
         for ending in endings:
-            if state.progress_of(ending.ref).is_open(ending.ref.offset):
+            if ending.publication is not None and state.progress_of(ending.ref).is_open(ending.ref.offset):
                 fresh.setdefault(str(ending.ref), ending)
         self._transaction += 1
         self._starts[self._transaction] = {str(p): offset for p, offset in self._positions.items()}
-        for ending in endings:
+        for ending in fresh.values():
             state.progress_of(ending.ref).finish(ending.ref.offset, self._transaction)
         # Every publication carries a note, also when no mark moves: it tells a later leader which
         # counter Redis had reached, so that a Redis gone back in time can't pass for intact.
@@ -226,7 +233,8 @@ class Publish:
             state.metrics,
         )
         for ending in endings:
-            state.forget_ref(str(ending.ref), ending.id)
+            if ending.publication is not None:
+                state.forget_ref(str(ending.ref), ending.id)
         self._prune()
 
     async def _commit(self, fresh: Mapping[str, _Ending], finished: Mapping[str, int]) -> None:
@@ -239,7 +247,9 @@ class Publish:
             counter=self._store.counter,
         )
         began = state.clock.monotonic()
-        after = await self._log.publish([ending.publication for ending in fresh.values()], finished, note)
+        after = await self._log.publish(
+            [ending.publication for ending in fresh.values() if ending.publication], finished, note
+        )
         self._positions.update(after)
         self._committed.update(finished)
         self._committed_at = state.clock.monotonic()
@@ -249,17 +259,17 @@ class Publish:
 
     def _report(self, ref: str, ending: _Ending) -> None:
         state = self._state
-        if not ending.publication.outcome:
+        if ending.publication is None or not ending.publication.outcome:
             return
         line = _line.decode(ending.publication.outcome)
-        state.metrics.outcomes.labels(line.kind.value, line.reason).inc()
+        state.metrics.outcomes.labels(_known(line.kind, OutcomeKind), _known(line.reason, Reason)).inc()
         timing = line.timing
         state.log.info(
             "request finished",
             ref=ref,
             id=ending.id,
             tenant=line.tenant,
-            kind=line.kind.value,
+            kind=line.kind,
             reason=line.reason,
             node=line.node,
             attempt=line.attempt,
@@ -286,6 +296,11 @@ class Publish:
             del self._starts[transaction]
         for source, progress in self._state.progress.items():
             self._state.metrics.finished_lag.labels(source).set(progress.open_count)
+
+
+def _known(text: str, kind: type[StrEnum]) -> str:
+    """A label from a closed list: an agent of a later release may send what we do not know."""
+    return text if text in kind.__members__.values() else "other"
 
 
 def _published_ending(entry: StreamEntry, ref: Ref) -> _Ending:

@@ -228,7 +228,7 @@ class Recovery:
         owners = {
             names.identity(head.tenant, head.id): f"{head.ref}|{head.fingerprint}"
             for head in heads
-            if head.fingerprint and head.reason is not Reason.ID_IN_USE
+            if head.fingerprint and head.reason != Reason.ID_IN_USE
         }
         pairs = list(owners.items())
         for start in range(0, len(pairs), 500):

@@ -28,6 +28,7 @@ READ_COUNT = 1000
 RESYNC_S = 5.0
 REAP_S = 2.0
 GENERATION_CHECK_S = 1.0
+RECONCILE_S = 2.0
 
 
 def _order(id: bytes) -> tuple[int, int]:
@@ -160,6 +161,8 @@ class Guard:
         self._warned: set[str] = set()
         self._reaped_at = 0.0
         self._checked_at = 0.0
+        self._reconciled_at = 0.0
+        self._astray: dict[str, str] = {}
 
     async def run(self) -> None:
         """Follow and act until cancelled."""
@@ -185,6 +188,7 @@ class Guard:
             await self.fence(name, FailureCause.NODE_LOST)
         await self._reap()
         await self._check_generation()
+        await self._reconcile()
         state.metrics.nodes.labels("available").set(len(heard))
         state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
         state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
@@ -217,6 +221,29 @@ class Guard:
         known = self._store.counter
         found = await until_answered(self._view.generation, self._state.metrics)
         self._store.note_generation(found, expected=self._state.generation, at_least=known)
+
+    async def _reconcile(self) -> None:
+        """Find pending requests that this leader takes for bound: a repeated call's answer told of none.
+
+        What is seen so twice in a row is no request on its way.
+        """
+        now_s = self._state.clock.monotonic()
+        if now_s - self._reconciled_at < RECONCILE_S:
+            return
+        self._reconciled_at = now_s
+        state = self._state
+        pending = await until_answered(self._view.pending_refs, state.metrics)
+        astray = {
+            ref: str(bound.job)
+            for ref in pending
+            if (bound := state.bound.get(ref)) is not None and state.waiting(ref) is None
+        }
+        for ref, job in astray.items():
+            if self._astray.get(ref) == job:
+                state.log.warning("pending request was taken for bound", ref=ref, job=job)
+                state.unbind(ref)
+                await self._load_pending([Ref.parse(ref)])
+        self._astray = astray
 
     async def _reap(self) -> None:
         now_s = self._mirror.healthy.now_s

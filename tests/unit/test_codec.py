@@ -154,7 +154,7 @@ def test_numbers_that_json_does_not_have_are_malformed(kind: str, number: bytes)
 @pytest.mark.parametrize("field", [b"priority", b"deadline_ms", b"ttft_slo_ms", b"v"])
 def test_a_huge_integer_is_a_number_or_malformed(field: bytes, digits: int) -> None:
     request = decode("request", with_raw("request", field, b"9" * digits))
-    unbounded_in_the_record = field in {b"deadline_ms", b"ttft_slo_ms"} and digits < 4_300
+    unbounded_in_the_record = field == b"deadline_ms" and digits < 4_300
     assert (request is not None) == unbounded_in_the_record
 
 

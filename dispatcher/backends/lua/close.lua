@@ -50,7 +50,8 @@ for i = 1, tonumber(ARGV[6]) do
       redis.call('PEXPIRE', prefix .. 'node:' .. node .. ':control', 3600000)
       answer = 'ok'
     elseif redis.call('LREM', 'rq:queue:' .. queue, 1, job) == 1
-        or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1 then
+        or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1
+        or redis.call('ZREM', 'rq:failed:' .. queue, job) == 1 then
       answer = 'ok'
     end
     if answer == 'ok' then

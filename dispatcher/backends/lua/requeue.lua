@@ -28,6 +28,7 @@ local function move(id)
   end
   redis.call('ZREM', KEYS[8], id .. ':flexlb')
   redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
+  redis.call('PERSIST', ARGV[3] .. 'pending:' .. ref)
   redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7])
   redis.call('ZADD', KEYS[3], now, ref)
   moved[#moved + 1] = ref

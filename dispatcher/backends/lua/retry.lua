@@ -25,6 +25,7 @@ for i = 1, tonumber(ARGV[4]) do
     redis.call('XDEL', KEYS[4], entry)
     local key = ARGV[3] .. 'pending:' .. ref
     redis.call('RENAME', 'rq:job:' .. job, key)
+    redis.call('PERSIST', key)
     redis.call('HSET', key, 'status', 'scheduled', 'failures', failures, 'excluded', excluded, 'cause', cause)
     redis.call('ZADD', KEYS[3], not_before, ref)
     answers[i] = 'ok'
