@@ -146,8 +146,9 @@ class CancelLog:
             partitions = [TopicPartition(self._topic, number) for number in range(count)]
             await self._consumer.start()
             self._consumer.assign(partitions)
-            found = await self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+            # The ends first: a record appended between the two calls is then found by its time.
             ends = await self._consumer.end_offsets(partitions)
+            found = await self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
             for tp in partitions:
                 at = found.get(tp)
                 self._consumer.seek(tp, at.offset if at is not None else ends[tp])

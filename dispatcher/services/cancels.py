@@ -39,6 +39,7 @@ class Cancels:
             while True:
                 for value in await self._log.read(timeout_ms=READ_TIMEOUT_MS):
                     self._take(value)
+                self._try_held()
                 self._drop_stale()
                 await self._endings.carry_out()
         finally:
@@ -60,6 +61,16 @@ class Cancels:
             state.early_cancels[(cancel.tenant, cancel.id)] = state.clock.monotonic() + HOLD_S
         else:
             state.log.warning("cancel dropped", id=cancel.id, held=HELD_LIMIT)
+
+    def _try_held(self) -> None:
+        """A request may have been on its way between two places when its cancel came."""
+        state = self._state
+        for identity in list(state.early_cancels):
+            known = state.identities.get(identity)
+            envelope = state.envelope_of(known[0]) if known is not None else None
+            if envelope is not None:
+                del state.early_cancels[identity]
+                doom_cancelled(self._endings, envelope)
 
     def _drop_stale(self) -> None:
         held = self._state.early_cancels
