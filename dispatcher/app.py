@@ -29,6 +29,7 @@ from dispatcher.services.dispatch import Dispatch
 from dispatcher.services.election import Election
 from dispatcher.services.expire import Expire
 from dispatcher.services.intake import Intake
+from dispatcher.services.partitions import Partitions
 from dispatcher.services.publish import Publish
 from dispatcher.services.recover import LastSeen, Recovery
 from dispatcher.services.state import LeaderState
@@ -176,8 +177,9 @@ class Dispatcher:
             )
             expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
             cancels = Cancels(state, CancelLog(self._kafka, names), endings)
+            partitions = Partitions(requests, self._log)
             async with asyncio.TaskGroup() as group:
-                for service in (guard, endings, publish, cancels, expire, dispatch, intake):
+                for service in (guard, endings, publish, cancels, expire, dispatch, intake, partitions):
                     group.create_task(service.run(), name=type(service).__name__)
         finally:
             self._last_seen = LastSeen(generation=state.generation, counter=store.counter)

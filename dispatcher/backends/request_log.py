@@ -50,6 +50,7 @@ class RequestLog:
         )
         self._lanes: dict[TopicPartition, Lane] = {}
         self.reply_partitions = 0
+        self._counts: dict[str, int] = {}
 
     async def start(self) -> None:
         """Connect and assign every partition of both lanes.
@@ -59,7 +60,7 @@ class RequestLog:
         """
         try:
             lanes = {self._names.requests(lane): lane for lane in Lane}
-            counts = await partition_counts(self._kafka, [*lanes, self._names.replies])
+            counts = self._counts = await self._partition_counts()
             self.reply_partitions = counts[self._names.replies]
             await self._consumer.start()
             for topic, lane in lanes.items():
@@ -68,6 +69,18 @@ class RequestLog:
             self._consumer.assign(list(self._lanes))
         except (KafkaError, OSError) as error:
             raise LogUnavailable(f"request log: {error!r}") from error
+
+    async def _partition_counts(self) -> dict[str, int]:
+        names = self._names
+        return await partition_counts(self._kafka, [*map(names.requests, Lane), names.replies])
+
+    async def has_grown(self) -> bool:
+        """Whether a topic has other partitions than those found at the start.
+
+        Raises:
+            LogUnavailable: the broker did not answer.
+        """
+        return await self._partition_counts() != self._counts
 
     async def stop(self) -> None:
         """Close the connection."""

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiokafka.admin import NewPartitions
 
 from dispatcher.backends.connect import KafkaClients
+from dispatcher.backends.request_log import RequestLog
+from dispatcher.backends.topics import create_topics
 from dispatcher.local.valkey import ValkeyServer
-from dispatcher.protocol.names import Lane
+from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
 from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.wait import wait_until
@@ -271,3 +274,19 @@ async def test_all_redis_data_lost_runs_only_the_rest_again(
             await one.append(request("last"))
             await one.outcome("last")
         assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
+
+
+async def test_new_partitions_are_noticed(kafka_clients: KafkaClients, pool: str) -> None:
+    names = Names(pool)
+    await create_topics(kafka_clients, names, partitions=1, replication_factor=1)
+    log = RequestLog(kafka_clients, names)
+    await log.start()
+    try:
+        assert not await log.has_grown()
+        admin = kafka_clients.admin()
+        await admin.start()
+        await admin.create_partitions({names.requests(Lane.BATCH): NewPartitions(2)})
+        await admin.close()
+        await wait_until(log.has_grown, "the new partition to be noticed")
+    finally:
+        await log.stop()
