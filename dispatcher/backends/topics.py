@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from aiokafka.admin import NewTopic
@@ -14,6 +15,8 @@ from dispatcher.protocol.names import Names
 MAX_RECORD_BYTES = 16 << 20
 WEEK_MS = 7 * 24 * 3_600_000
 BODIES_MS = 2 * 24 * 3_600_000
+LOOKS = 10
+LOOK_S = 0.1
 
 
 async def create_topics(
@@ -59,21 +62,26 @@ async def create_topics(
 async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[str, int]:
     """How many partitions each topic has.
 
+    A topic that was just created is known to each broker a little later, so one that is missing is
+    asked for again before it counts as missing.
+
     Raises:
         LogUnavailable: the broker did not answer, or a topic does not exist (yet).
     """
     admin = kafka.admin()
     try:
         await admin.start()
-        described = await admin.describe_topics(list(topics))
+        for _ in range(LOOKS):
+            described = await admin.describe_topics(list(topics))
+            counts = {one["topic"]: len(one["partitions"]) for one in described if not one["error_code"]}
+            missing = [topic for topic in topics if not counts.get(topic)]
+            if not missing:
+                return counts
+            await asyncio.sleep(LOOK_S)
     except (KafkaError, OSError) as error:
         raise LogUnavailable(f"topics: {error!r}") from error
     finally:
         await admin.close()
-    counts = {topic["topic"]: len(topic["partitions"]) for topic in described if not topic["error_code"]}
-    for topic in topics:
-        if not counts.get(topic):
-            raise LogUnavailable(
-                f"topic {topic}: expected it to exist, seen nothing; create it with 'flexlb init'"
-            )
-    return counts
+    raise LogUnavailable(
+        f"topic {missing[0]}: expected it to exist, seen nothing; create it with 'flexlb init'"
+    )

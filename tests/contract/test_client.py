@@ -277,6 +277,7 @@ async def a_slow_reader_gets_more_per_event(side: OtherSide) -> None:
         for number in range(50):
             await side.chunk("r", ref, ATTEMPT, ChunkKind.TOKENS, "x", first_token=number)
         await side.publish(completed("r", ref, "x" * 50))
+        # The outcome has the whole text, whatever was read of the chunks by then.
         await of(client, "r")
         events = [event async for event in client.stream("r")]
         assert events[0] == added("x" * 50)
