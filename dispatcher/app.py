@@ -6,7 +6,6 @@ simulation runs exactly this code in virtual time.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 
@@ -35,6 +34,7 @@ from dispatcher.services.recover import LastSeen, Recovery
 from dispatcher.services.state import LeaderState
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
+from dispatcher.tasks import run_together
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
@@ -178,9 +178,8 @@ class Dispatcher:
             expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
             cancels = Cancels(state, CancelLog(self._kafka, names), endings)
             partitions = Partitions(requests, self._log)
-            async with asyncio.TaskGroup() as group:
-                for service in (guard, endings, publish, cancels, expire, dispatch, intake, partitions):
-                    group.create_task(service.run(), name=type(service).__name__)
+            services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions)
+            await run_together(**{type(service).__name__: service.run() for service in services})
         finally:
             self._last_seen = LastSeen(generation=state.generation, counter=store.counter)
             self.state = None

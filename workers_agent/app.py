@@ -21,6 +21,7 @@ from dispatcher.errors import Fenced, LogUnavailable
 from dispatcher.protocol.names import JobId, Names
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause
+from dispatcher.tasks import end_tasks
 from dispatcher.telemetry.logging import Log
 from workers_agent.engines.engine import Engine
 from workers_agent.metrics import AgentMetrics
@@ -176,11 +177,9 @@ class Agent:
                 Pull(state, self._bell_store, registration, executor, group).run(), name="Pull"
             )
             await stop.wait()
-            pull.cancel()
-            await asyncio.wait([pull])
+            await end_tasks([pull])
             await self._drain(state, heartbeat)
-            for service in services:
-                service.cancel()
+            await end_tasks(services)
 
     def _identity(self) -> NodeIdentity:
         settings = self._settings

@@ -23,6 +23,7 @@ from dispatcher.errors import (
     StoreUnavailable,
 )
 from dispatcher.services.watch import FleetMirror
+from dispatcher.tasks import end_tasks, run_together
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
@@ -80,7 +81,7 @@ class Election:
         async with asyncio.TaskGroup() as group:
             mirror = group.create_task(self._mirror.run())
             lease = await self._campaign()
-            mirror.cancel()
+            await end_tasks([mirror])
         return lease
 
     async def _campaign(self) -> Lease:
@@ -122,9 +123,7 @@ class Election:
         began = self._clock.monotonic()
         reason = "stopped"
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._keep(lease))
-                group.create_task(self._run(lease))
+            await run_together(keep=self._keep(lease), lead=self._run(lease))
         except* ENDS_SESSION as ended:
             reason = _first_words(ended)
         finally:
