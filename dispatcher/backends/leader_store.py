@@ -23,7 +23,10 @@ IDENTITY_WINDOW_MS = 600_000
 
 @dataclass(frozen=True, kw_only=True)
 class AssignItem:
-    """One request to bind; `from_pending` when it was bound before."""
+    """One request to bind; `from_pending` when it was bound before.
+
+    `hit_tokens` is what the node's cache is expected to hold of its prompt.
+    """
 
     job: JobId
     incarnation: str
@@ -33,6 +36,7 @@ class AssignItem:
     fingerprint: str = ""
     data: bytes = b""
     envelope: bytes = b""
+    hit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +123,8 @@ class LeaderStore:
 
     async def assign(
         self, items: Sequence[AssignItem], marks: Mapping[str, int], *, now_iso: str
-    ) -> list[str]:
-        """Bind `items` and advance *assigned* marks; answers as in assign.lua."""
+    ) -> list[tuple[str, int]]:
+        """Bind `items` and advance *assigned* marks; (answer, assignment number) as in assign.lua."""
         names = self.names
         arguments: list[Argument] = [
             names.prefix,
@@ -147,9 +151,12 @@ class LeaderStore:
                 item.fingerprint,
                 item.data,
                 item.envelope,
+                item.hit_tokens,
             )
-        answers = await self._run_counted("assign", (names.marks, names.pending), arguments)
-        return [answer.decode() for answer in answers]
+        keys = (names.epoch, names.generation, names.marks, names.pending)
+        counter, answers, numbers = await self._run("assign", keys, [self.counter, *arguments])
+        self.note_counter(int(counter))
+        return [(answer.decode(), int(number)) for answer, number in zip(answers, numbers, strict=True)]
 
     async def close(self, items: Sequence[CloseItem]) -> list[str]:
         """Decide endings; answers as in close.lua."""

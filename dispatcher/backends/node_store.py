@@ -16,10 +16,12 @@ from dispatcher.backends.store_view import StreamEntry
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Names
-from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.protocol.node import BlockEvent, Medium, NodeIdentity, NodeReport
 
 NODE_TTL_MS = 3_600_000
 WORKER_TTL_S = 120
+KEPT_BLOCK_EVENTS = 20_000
+"""Events of the whole fleet in the stream; whoever falls behind reads the nodes' sets instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,17 @@ class Busy:
 
 @dataclass(frozen=True, kw_only=True)
 class Claimed:
-    """A job in the agent's hands: what it must run, not yet decoded."""
+    """A job in the agent's hands: what it must run, not yet decoded.
+
+    `hit_tokens` is what the leader expected of this node's cache.
+    """
 
     job: str
     seq: int
     envelope: bytes
     data: bytes
     failures: int
+    hit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,7 @@ class NodeStore:
             names.generation,
             names.worker(node),
             names.claimed(node),
+            *(names.cached_blocks(node, medium) for medium in Medium),
         )
         arguments: list[Argument] = [
             identity.incarnation,
@@ -114,6 +121,33 @@ class NodeStore:
             "report", keys, [report.incarnation, codec.encode(report), self._heartbeat_ms]
         )
         return str(answer.decode())
+
+    async def publish_blocks(self, events: Sequence[BlockEvent]) -> int:
+        """Publish changes of the cache view; returns the highest sequence that Redis has applied.
+
+        One below the last event's means a gap: send a reset and the whole view.
+
+        Raises:
+            Fenced: the events' incarnation is fenced, replaced or unknown.
+            StoreFull: at maxmemory.
+        """
+        names, node = self.names, self.node
+        tiers = list(Medium)
+        keys = (
+            names.node(node),
+            names.blocks,
+            *(names.cached_blocks(node, medium) for medium in tiers),
+        )
+        arguments: list[Argument] = [events[0].incarnation, NODE_TTL_MS, KEPT_BLOCK_EVENTS, len(events)]
+        for event in events:
+            arguments += (
+                event.sequence,
+                event.kind.value,
+                tiers.index(Medium(event.medium)) + 1,
+                codec.encode(event),
+                bytes.fromhex("".join(event.hashes)),
+            )
+        return int(await self._runner.run("blocks", keys, arguments))
 
     async def extend(self, incarnation: str, jobs: Sequence[str], *, now_iso: str) -> tuple[int, list[str]]:
         """Prolong leases: (jobs waiting in the queue, jobs of ours that were taken away)."""
@@ -163,6 +197,7 @@ class NodeStore:
                 envelope=row[2] or b"",
                 data=row[3] or b"",
                 failures=int(row[4] or 0),
+                hit_tokens=int(row[5] or 0),
             )
             for row in rows
             if len(row) > 1

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from dispatcher.backends.scripts import Redis, translate
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol.names import Names
+from dispatcher.protocol.node import Medium
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,16 @@ class StoredNode:
     identity: bytes
     report: bytes
     alive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedBlocks:
+    """A node's cache view as of block event `sequence`: raw 8-byte hashes by tier."""
+
+    node: str
+    incarnation: str
+    sequence: int
+    tiers: dict[Medium, frozenset[bytes]]
 
 
 @dataclass(kw_only=True)
@@ -154,6 +165,23 @@ class StoreView:
                     )
                 )
         return found
+
+    async def cached_blocks(self, node: str) -> CachedBlocks | None:
+        """What a node's cache view holds, read in one step; None when Redis does not know the node."""
+        pipe = self._client.pipeline(transaction=True)
+        pipe.hmget(self.names.node(node), ["incarnation", "blocks_seq"])
+        tiers = list(Medium)
+        for medium in tiers:
+            pipe.smembers(self.names.cached_blocks(node, medium))
+        (incarnation, sequence), *members = await self._ask(pipe.execute(), "cached blocks")
+        if incarnation is None:
+            return None
+        return CachedBlocks(
+            node=node,
+            incarnation=incarnation.decode(),
+            sequence=int(sequence or 0),
+            tiers={medium: frozenset(found) for medium, found in zip(tiers, members, strict=True)},
+        )
 
     async def ledger(self) -> StoredLedger:
         """Read every place of the pool: marks, jobs by node, pending, closing."""

@@ -144,6 +144,7 @@ class Names:
     | node:<n>:held           | hash   | 1 min                | A      | L     |
     | node:<n>:control        | stream | capped, 1 h          | L      | A     |
     | node:<n>:claim          | string | 10 min               | A      | A     |
+    | node:<n>:blocks:<tier>  | set    | 1 h after last change| A      | L     |
 
     A+ is append only. RQ's own keys, as RQ 3 lays them out, with queue `<pool>--<node>`:
 
@@ -313,6 +314,10 @@ class Names:
     def last_claim(self, node: str) -> str:
         """The last claim's job ids, so that a repeated claim gives the same answer."""
         return f"{self.prefix}node:{node}:claim"
+
+    def cached_blocks(self, node: str, medium: str) -> str:
+        """Routing blocks that a node holds in one tier: raw 8-byte hashes, as of its `blocks_seq`."""
+        return f"{self.prefix}node:{node}:blocks:{medium}"
 
     # Redis: RQ's data model
 

@@ -22,8 +22,20 @@ class Role(StrEnum):
     VIT = "vit"
 
 
+class Medium(StrEnum):
+    """Where an engine keeps a block of its KV cache, nearest first."""
+
+    GPU = "GPU"
+    CPU = "CPU"
+    DISK = "DISK"
+    EXTERNAL = "EXTERNAL"
+
+
 class NodeIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What does not change while an incarnation lives."""
+    """What does not change while an incarnation lives.
+
+    `routing_block_size` is that of the block events it sends, in tokens; 0 when it sends none.
+    """
 
     node: str
     incarnation: str
@@ -35,6 +47,7 @@ class NodeIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_model_len: int = 131_072
     kv_total_tokens: int = 0
     engine_block_size: int = 0
+    routing_block_size: int = 0
     engine_url: str = ""
     engine_version: str = ""
     v: int = FIRST_VERSION
@@ -44,6 +57,11 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The load of a node now. Tokens count prompt and requested output of what it holds.
 
     `seen_seq` is the highest assignment number it has claimed: the report covers exactly those.
+    `queued_uncached_tokens` are the prompt tokens still to be computed before their first token, by the
+    leader's own prediction of what was cached. `running` is what the agent has in hand;
+    `engine_running`, `engine_waiting` and the KV figures are the engine's own, 0 where it tells none.
+    `cache_sequence` is the number of its last block event; `cache_partial` says that some blocks of its
+    engine can't be told (their beginnings are unknown), so that it holds more than its view shows.
     `left` says goodbye: this incarnation will claim nothing more and holds nothing.
     """
 
@@ -60,6 +78,11 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     gpu_utilisation: float = 0.0
     gpu_memory_used: float = 0.0
     seen_seq: int = 0
+    engine_running: int = 0
+    engine_waiting: int = 0
+    cache_sequence: int = 0
+    cache_blocks: int = 0
+    cache_partial: bool = False
     draining: bool = False
     engine_ok: bool = True
     left: bool = False
@@ -85,13 +108,14 @@ class BlockEventKind(StrEnum):
 class BlockEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A diff of a node's cache view, in routing blocks; gaps in `sequence` force a rebuild.
 
-    `hashes` are 16 hex digits each, as in requests. `medium` is the tier that holds them.
+    `hashes` are 16 hex digits each, as in requests. `medium` is the tier that holds them. A reset
+    empties every tier, and may have any higher sequence.
     """
 
     node: str
     incarnation: str
     sequence: int
     kind: BlockEventKind
-    medium: str = "GPU"
+    medium: str = Medium.GPU.value
     hashes: tuple[str, ...] = ()
     v: int = FIRST_VERSION

@@ -97,7 +97,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The record on `outcomes`.
 
     `ref` tells the record it answers; `fingerprint` is that of the request, so that duplicates
-    can be told from reuse of an id after a loss of all Redis data.
+    can be told from reuse of an id after a loss of all Redis data. `predicted_cached_tokens` is what the
+    leader expected of the node's cache when it bound the attempt.
     """
 
     id: str
@@ -114,6 +115,7 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Usage = Usage()
     timing: Timing = Timing()
     http_status: int = 0
+    predicted_cached_tokens: int = 0
     v: int = FIRST_VERSION
 
 

@@ -98,7 +98,7 @@ class Dispatch:
         )
         state.metrics.assign_batch.observe(len(items))
         now_ms = state.clock.now_ms()
-        for (waiting, node, _), answer in zip(chosen, answers, strict=True):
+        for (waiting, node, _), (answer, _) in zip(chosen, answers, strict=True):
             await self._answered(waiting, node, answer, now_ms)
         state.metrics.bound_requests.set(len(state.bound))
 

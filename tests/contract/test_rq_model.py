@@ -89,7 +89,7 @@ class Scene:
                 )
             )
         answers = await self.leader.assign(items, {}, now_iso=NOW_ISO)
-        assert answers == ["ok"] * len(offsets)
+        assert [answer for answer, _ in answers] == ["ok"] * len(offsets)
         return [item.job for item in items]
 
     async def claim(self, number: int, limit: int) -> list[str]:

@@ -233,7 +233,7 @@ def item(
 
 async def assign(leader: LeaderStore, *items: AssignItem, marks: dict[str, int] | None = None) -> list[str]:
     """Bind requests; the answers."""
-    return await leader.assign(items, marks or {}, now_iso=NOW_ISO)
+    return [answer for answer, _ in await leader.assign(items, marks or {}, now_iso=NOW_ISO)]
 
 
 async def claim(
@@ -620,6 +620,7 @@ async def test_assigning_writes_an_rq_job_and_its_marks(stage: Stage) -> None:
         b"data": b"data 7",
         b"envelope": b"envelope 7",
         b"ref": b"i0_7",
+        b"hit": b"0",
         b"failures": b"0",
         b"excluded": b"",
         b"created_at": NOW_ISO.encode(),

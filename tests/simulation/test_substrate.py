@@ -571,7 +571,7 @@ async def test_every_script_takes_its_happy_path() -> None:
 
 
 async def bind(store: LeaderStore, items: list[AssignItem], **marks: int) -> list[str]:
-    return await store.assign(items, marks, now_iso=NOW)
+    return [answer for answer, _ in await store.assign(items, marks, now_iso=NOW)]
 
 
 # Kafka

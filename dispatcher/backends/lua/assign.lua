@@ -4,10 +4,10 @@
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 now (ISO 8601, for RQ)  6 id window ms
 --       7 marks m  8 items n   m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
---            identity key, fingerprint, data, envelope)
+--            identity key, fingerprint, data, envelope, predicted cached tokens)
 -- Error REWOUND when the counter is lower than one seen before: Redis went back in time, and marks computed
 -- before that must not be written.
--- Returns {the generation's counter, one answer per item}:
+-- Returns {the generation's counter, one answer per item, one assignment number per item}:
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
 --   'gone'                the node is fenced or has another incarnation: choose again
@@ -22,16 +22,17 @@ end
 local prefix, pool, now, window = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local marks, items = tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = 9 + 2 * marks
-local answers = {}
+local answers, numbers = {}, {}
 for i = 1, items do
   local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
   local job, ref, source, offset = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
   local cost, identity, print = ARGV[at + 7], ARGV[at + 8], ARGV[at + 9]
-  local data, envelope = ARGV[at + 10], ARGV[at + 11]
-  at = at + 12
+  local data, envelope, hit = ARGV[at + 10], ARGV[at + 11], ARGV[at + 12]
+  at = at + 13
   local node_key = prefix .. 'node:' .. node
   local queue = pool .. '--' .. node
   local answer = 'ok'
+  numbers[i] = 0
   local known = redis.call('HMGET', node_key, 'incarnation', 'fenced')
   if place == 'log' then
     local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
@@ -66,7 +67,9 @@ for i = 1, items do
         'created_at', now, 'description', 'flexlb ' .. ref, 'timeout', '86400', 'result_ttl', '0',
         'failure_ttl', '86400', 'meta', '{}')
     end
-    redis.call('HSET', key, 'status', 'queued', 'origin', queue, 'enqueued_at', now, 'cost', cost, 'seq', seq)
+    redis.call('HSET', key, 'status', 'queued', 'origin', queue, 'enqueued_at', now, 'cost', cost, 'seq', seq,
+      'hit', hit)
+    numbers[i] = seq
     redis.call('RPUSH', 'rq:queue:' .. queue, job)
   end
   answers[i] = answer
@@ -78,4 +81,4 @@ for i = 1, marks do
     redis.call('ZREMRANGEBYSCORE', prefix .. 'above:' .. source, '-inf', '(' .. low)
   end
 end
-return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, numbers}

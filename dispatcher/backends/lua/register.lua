@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Begin or renew the registration of a node's incarnation.
 -- KEYS  1 node  2 load  3 held  4 reports  5 generation  6 RQ worker  7 claimed
+--       8.. cached blocks, one set per tier
 -- ARGV  1 incarnation  2 identity (JSON)  3 heartbeat ttl ms  4 node ttl ms  5 now (ISO 8601)
 --       6 queue  7 RQ worker ttl s  8 held jobs h   h x (job id, envelope, data)
 -- Returns {'ok', generation id}; {'busy', other incarnation, ms until its heartbeat expires};
@@ -14,7 +15,10 @@ if known[1] and known[1] ~= ARGV[1] and known[2] ~= known[1] then
     return {'busy', known[1], left}
   end
 end
-if known[1] ~= ARGV[1] then redis.call('HDEL', KEYS[1], 'fenced', 'claim_seq') end
+if known[1] ~= ARGV[1] then
+  redis.call('HDEL', KEYS[1], 'fenced', 'claim_seq', 'blocks_seq')
+  redis.call('DEL', unpack(KEYS, 8))
+end
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'identity', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('DEL', KEYS[3])
