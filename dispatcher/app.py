@@ -21,7 +21,8 @@ from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
-from dispatcher.scheduling.policies import POLICIES
+from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Dispatch
@@ -31,6 +32,7 @@ from dispatcher.services.intake import Intake
 from dispatcher.services.partitions import Partitions
 from dispatcher.services.publish import Publish
 from dispatcher.services.recover import LastSeen, Recovery
+from dispatcher.services.registry import Registry
 from dispatcher.services.state import LeaderState
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
@@ -68,11 +70,21 @@ class Dispatcher:
         self._log = log
         self._names = Names(settings.pool)
         self.metrics = DispatcherMetrics(registry)
-        self._clients = [redis(), redis(), redis()]
-        commands, streams, lease = self._clients
+        self._clients = [redis(), redis(), redis(), redis()]
+        commands, streams, lease, blocks = self._clients
         self._runner = ScriptRunner(commands, scripts)
         self._view = StoreView(streams, self._names)
         self.mirror = FleetMirror(self._view, clock, self.metrics)
+        self.index = PrefixIndex()
+        self.registry = Registry(
+            StoreView(blocks, self._names),
+            self.mirror.fleet,
+            self.index,
+            block_size=settings.block_size,
+            clock=clock,
+            metrics=self.metrics,
+            log=log,
+        )
         lock = LeaderLock(
             ScriptRunner(lease, scripts), self._names, ttl_s=settings.leader_ttl_s, clock=clock.monotonic
         )
@@ -95,7 +107,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Stand by and lead until cancelled."""
         try:
-            await self.election.run()
+            await run_together(election=self.election.run(), registry=self.registry.run())
         finally:
             for client in self._clients:
                 await client.aclose()
@@ -121,6 +133,8 @@ class Dispatcher:
         state = LeaderState(
             names=names,
             fleet=self.mirror.fleet,
+            index=self.index,
+            untold_linger_s=settings.own_assignment_ttl_s,
             clock=self._clock,
             rng=self._rng,
             metrics=self.metrics,
@@ -155,9 +169,15 @@ class Dispatcher:
                 carried_bytes=settings.carried_bytes,
                 span_limit=settings.span_limit,
             )
-            dispatch = Dispatch(
-                state, store, endings, policy=POLICIES[settings.policy], batch=settings.assign_batch
+            scheduler = Scheduler(
+                state.fleet,
+                state.index,
+                policy=settings.policy,
+                parameters=_parameters(settings),
+                rng=self._rng,
+                healthy_s=lambda: self.mirror.healthy.now_s,
             )
+            dispatch = Dispatch(state, store, endings, scheduler=scheduler, batch=settings.assign_batch)
             guard = Guard(
                 state,
                 store,
@@ -200,3 +220,14 @@ class Dispatcher:
             bodies_topic=names.bodies,
             reply_topics={names.replies: requests.reply_partitions},
         )
+
+
+def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
+    return SchedulingParameters(
+        lambda_kv_s=settings.lambda_kv_s,
+        near_tie=settings.near_tie,
+        sampled=settings.candidates,
+        lookahead_min_s=settings.lookahead_min_s,
+        lookahead_max_s=settings.lookahead_max_s,
+        block_size=settings.block_size,
+    )

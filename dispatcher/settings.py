@@ -23,8 +23,34 @@ class DispatcherSettings(BaseSettings):
     pool: str = Field(
         default="default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served"
     )
-    policy: Literal["least_outstanding_tokens", "random"] = Field(
-        default="least_outstanding_tokens", description="how a node is chosen"
+    policy: Literal[
+        "prefill_cost",
+        "least_outstanding_tokens",
+        "random",
+        "round_robin",
+        "round_robin_lowest_concurrency",
+        "shortest_ttft",
+    ] = Field(default="prefill_cost", description="how a node is chosen")
+    block_size: int = Field(
+        default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
+    )
+    lambda_kv_s: float = Field(
+        default=0.15, ge=0, le=10, description="weight of KV pressure k/(1-k), seconds"
+    )
+    near_tie: float = Field(
+        default=0.05, ge=0, le=1, description="share within which predictions count as equal"
+    )
+    candidates: int = Field(
+        default=16, ge=1, le=1000, description="random nodes looked at besides holders of the prefix"
+    )
+    lookahead_min_s: float = Field(
+        default=0.05, ge=0.001, le=10, description="least predicted work queued at a node, seconds"
+    )
+    lookahead_max_s: float = Field(
+        default=2.0, ge=0.001, le=60, description="most predicted work queued at a node, seconds"
+    )
+    own_assignment_ttl_s: float = Field(
+        default=300, ge=0, le=86_400, description="how long our own assignments count as cached, seconds"
     )
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="port of /metrics and /health, 0 for any"

@@ -31,7 +31,10 @@ class StreamEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredJob:
-    """A request in one of Redis's places. `node` is '' for pending ones."""
+    """A request in one of Redis's places. `node` is '' for pending ones.
+
+    `number` is its assignment number at the node; `hit_tokens` what was expected cached there.
+    """
 
     job: str
     node: str
@@ -41,6 +44,8 @@ class StoredJob:
     failures: int
     excluded: tuple[str, ...]
     not_before_ms: int = 0
+    number: int = 0
+    hit_tokens: int = 0
 
 
 @dataclass(kw_only=True)
@@ -243,7 +248,7 @@ class StoreView:
             return []
         pipe = self._client.pipeline(transaction=False)
         for key in keys:
-            pipe.hmget(key, ["ref", "envelope", "failures", "excluded"])
+            pipe.hmget(key, ["ref", "envelope", "failures", "excluded", "seq", "hit"])
         answer: list[list[bytes | None]] = await self._ask(pipe.execute(), "jobs")
         return answer
 
@@ -251,7 +256,7 @@ class StoreView:
 def _stored_job(
     job: str, node: str, fields: list[Any], *, claimed: bool, not_before_ms: int = 0
 ) -> StoredJob:
-    ref, envelope, failures, excluded = fields
+    ref, envelope, failures, excluded, number, hit = fields
     return StoredJob(
         job=job,
         node=node,
@@ -261,4 +266,6 @@ def _stored_job(
         failures=int(failures or 0),
         excluded=tuple(name for name in (excluded or b"").decode().split(",") if name),
         not_before_ms=not_before_ms,
+        number=int(number or 0),
+        hit_tokens=int(hit or 0),
     )

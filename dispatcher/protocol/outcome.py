@@ -85,12 +85,17 @@ class Choice(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Timing(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Milliseconds of epoch time; `appended` is the broker's."""
+    """Milliseconds of epoch time; `appended` is the broker's.
+
+    `prefill_us` is a duration: from the later of the request's submission and the node's previous first
+    token to its own first token; 0 when that can't be told, as when several came from one step.
+    """
 
     appended: int = 0
     claimed: int = 0
     first_token: int = 0
     ended: int = 0
+    prefill_us: int = 0
 
 
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):

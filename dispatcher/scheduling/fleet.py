@@ -1,21 +1,36 @@
-"""The fleet as the leader knows it: who is there, what each holds, who can take more.
+"""The fleet as the leader knows it: who is there, what each holds, how soon each could begin another.
 
-What a node holds is counted from our own assignments and endings, which are exact and immediate;
-its reports say what the engine does with them. A node's queue is bounded: beyond what its engine
-runs at once it gets a small lookahead, everything else waits in the leader (late binding).
+What a node holds is counted from our own assignments and endings, which are exact and immediate; its
+reports say what the engine does with them. A report covers the assignments up to the number that it names:
+those beyond it are *unseen* and counted on top (reservations), so that nothing counts twice or not at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
 from dataclasses import dataclass, field
 
-from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.scheduling.predictor import Predictor
 
 LOOKAHEAD_SHARE = 0.125
 """Requests bound beyond an engine's running slots, as a share of them; at least one."""
+STALE_S = 1.5
+"""Reports come at least every second: one that is this old may hide load."""
+FIRST_SERVICE_S = 5.0
+"""How long a request is taken to hold its slot before any was seen to end."""
+FULL = 0.99
+"""KV use beyond which a node counts as full: the pressure term stays finite."""
+
+
+@dataclass(slots=True)
+class _Unseen:
+    """An assignment that no report covers yet; `number` is 0 until the script has given it one."""
+
+    uncached_tokens: int
+    number: int
+    bound_s: float
 
 
 @dataclass(kw_only=True)
@@ -33,6 +48,13 @@ class NodeState:
     admitted: bool = False
     held: dict[str, int] = field(default_factory=dict)
     held_tokens: int = 0
+    unseen: dict[str, _Unseen] = field(default_factory=dict)
+    unseen_tokens: int = 0
+    predictor: Predictor = field(default_factory=Predictor)
+    feedback_s: float = 0.02
+    service_s: float = FIRST_SERVICE_S
+    chosen: int = 0
+    _since: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,12 +74,37 @@ class NodeState:
             return False
         return self.report is None or (self.report.engine_ok and not self.report.draining)
 
-    def can_take(self, cost_tokens: int) -> bool:
-        """Whether it has room now. An idle node may always try a request that fits its context."""
-        if len(self.held) >= self.request_bound:
-            return False
+    @property
+    def has_slot(self) -> bool:
+        """Whether it may hold one more request."""
+        return len(self.held) < self.request_bound
+
+    def fits(self, cost_tokens: int) -> bool:
+        """Whether its KV cache can hold one more. An idle node may always try what fits its context."""
         capacity = self.identity.kv_total_tokens
         return not capacity or not self.held or self.held_tokens + cost_tokens <= capacity
+
+    @property
+    def slot_wait_s(self) -> float:
+        """Predicted seconds until one of its requests ends and gives its slot back."""
+        return self.service_s / max(1, len(self.held))
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens it has yet to compute, those of unseen assignments included."""
+        reported = self.report.queued_uncached_tokens if self.report is not None else 0
+        return reported + self.unseen_tokens
+
+    @property
+    def kv_share(self) -> float:
+        """How much of its KV cache running requests use, from 0 to `FULL`; 0 when unknown."""
+        report = self.report
+        if report is not None and report.kv_total_tokens:
+            unseen = self.unseen_tokens if report.kv_used_tokens else self.held_tokens
+            return min(FULL, (report.kv_used_tokens + unseen) / report.kv_total_tokens)
+        if self.identity.kv_total_tokens:
+            return min(FULL, self.held_tokens / self.identity.kv_total_tokens)
+        return 0.0
 
     def longest_prompt(self) -> int:
         """The longest prompt it can hold, in tokens."""
@@ -65,6 +112,58 @@ class NodeState:
         if identity.kv_total_tokens:
             return min(identity.max_model_len, identity.kv_total_tokens)
         return identity.max_model_len
+
+    def hear(self, report: NodeReport, healthy_s: float, now_s: float) -> None:
+        """Take a report: it covers the assignments up to the number it names."""
+        self.report = report
+        self.last_heard_s = healthy_s
+        for ref, one in list(self.unseen.items()):
+            if one.number and one.number <= report.seen_seq:
+                self.feedback_s += 0.1 * (max(0.0, now_s - one.bound_s) - self.feedback_s)
+                self._see(ref)
+
+    def _see(self, ref: str) -> None:
+        one = self.unseen.pop(ref, None)
+        if one is not None:
+            self.unseen_tokens -= one.uncached_tokens
+
+    def empty(self) -> None:
+        """Forget what an earlier leader's session counted."""
+        self.held, self.held_tokens, self.admitted = {}, 0, False
+        self.unseen, self.unseen_tokens, self._since = {}, 0, {}
+
+    def take_over(self, known: NodeState) -> None:
+        """Continue what was counted and learned under an earlier incarnation."""
+        self.held, self.held_tokens, self._since = known.held, known.held_tokens, known._since
+        self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
+        self.predictor, self.service_s = known.predictor, known.service_s
+
+    def reserve(self, ref: str, cost_tokens: int, uncached_tokens: int, number: int, now_s: float) -> None:
+        """Count a request here."""
+        if ref in self.held:
+            return
+        self.held[ref] = cost_tokens
+        self.held_tokens += cost_tokens
+        self._since[ref] = now_s
+        if uncached_tokens:
+            self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
+            self.unseen_tokens += uncached_tokens
+
+    def release(self, ref: str, now_s: float) -> None:
+        """Stop counting it."""
+        if ref not in self.held:
+            return
+        self.held_tokens -= self.held.pop(ref)
+        self.service_s += 0.1 * (max(0.0, now_s - self._since.pop(ref)) - self.service_s)
+        self._see(ref)
+
+    def note_number(self, ref: str, number: int) -> None:
+        """Note an assignment's number, by which reports tell what they cover."""
+        if ref not in self.unseen:
+            return
+        self.unseen[ref].number = number
+        if not number or (self.report is not None and number <= self.report.seen_seq):
+            self._see(ref)
 
 
 class Fleet:
@@ -80,7 +179,7 @@ class Fleet:
         known = self.nodes.get(identity.node)
         node = NodeState(identity=identity, last_heard_s=now_s)
         if known is not None:
-            node.held, node.held_tokens = known.held, known.held_tokens
+            node.take_over(known)
         self.nodes[identity.node] = node
         self._index()
         return node
@@ -105,37 +204,43 @@ class Fleet:
         """The longest prompt that any node of `model` can hold, in tokens; 0 when nobody serves it."""
         return max((node.longest_prompt() for node in self.serving(model)), default=0)
 
-    def reserve(self, name: str, ref: str, cost_tokens: int) -> None:
-        """Count a request on a node: selecting and reserving are one step."""
-        node = self.nodes.get(name)
-        if node is not None and ref not in node.held:
-            node.held[ref] = cost_tokens
-            node.held_tokens += cost_tokens
+    def reserve(
+        self,
+        name: str,
+        ref: str,
+        cost_tokens: int,
+        *,
+        uncached_tokens: int = 0,
+        number: int = 0,
+        now_s: float = 0.0,
+    ) -> None:
+        """Count a request on a node: selecting and reserving are one step.
 
-    def release(self, name: str, ref: str) -> None:
-        """Stop counting it."""
+        Args:
+            uncached_tokens: prompt tokens it has to compute there, until a report covers it; 0 when one did.
+            number: its assignment number, 0 while it has none.
+        """
         node = self.nodes.get(name)
         if node is not None:
-            node.held_tokens -= node.held.pop(ref, 0)
+            node.reserve(ref, cost_tokens, uncached_tokens, number, now_s)
 
-    def has_room(self, model: str) -> bool:
-        """Whether any eligible node of `model` can take one more small request."""
-        return any(node.is_eligible and node.can_take(0) for node in self.serving(model))
+    def note_number(self, name: str, ref: str, number: int) -> None:
+        """Note an assignment's number once the script has given it one."""
+        node = self.nodes.get(name)
+        if node is not None:
+            node.note_number(ref, number)
 
+    def release(self, name: str, ref: str, now_s: float = 0.0) -> None:
+        """Stop counting a request."""
+        node = self.nodes.get(name)
+        if node is not None:
+            node.release(ref, now_s)
 
-def candidates(nodes: Iterable[NodeState], envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
-    """The nodes that may take `envelope` now.
-
-    An excluded node (one that already failed this request) is used only when no other eligible
-    node serves the model.
-    """
-    eligible = [
-        node
-        for node in nodes
-        if node.is_eligible
-        and envelope.prompt_tokens <= node.longest_prompt()
-        and (not envelope.lora or envelope.lora in node.identity.loras)
-    ]
-    if excluded:
-        eligible = [node for node in eligible if node.name not in excluded] or eligible
-    return [node for node in eligible if node.can_take(envelope.cost_tokens)]
+    def stale_tokens(self, model: str, healthy_s: float) -> int:
+        """What a node of `model` that merely stopped reporting is taken to have queued: its peers' median."""
+        fresh = [
+            node.report.queued_uncached_tokens
+            for node in self.serving(model)
+            if node.report is not None and healthy_s - node.last_heard_s <= STALE_S
+        ]
+        return int(statistics.median(fresh)) if fresh else 0

@@ -8,19 +8,17 @@ twenty, and a batch request older than its longest wait competes as interactive.
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
-from dispatcher.scheduling.fleet import Fleet, NodeState, candidates
-from dispatcher.scheduling.policies import Policy
+from dispatcher.scheduling.scheduler import Choice, Planned, Scheduler
 
 BATCH_EVERY = 20
 """One bind in this many is offered to batch first: 5 % of capacity."""
-LOOK_PAST = 8
-"""How many unbindable heads of a queue are looked past for one that can be bound."""
+LOOK_PAST = 32
+"""How many unbindable heads of a queue are looked past in a round for some that can be bound."""
 ENVELOPE_OVERHEAD_BYTES = 600
 """What an envelope without its data costs in memory, measured with tracemalloc, rounded up."""
 
@@ -44,6 +42,14 @@ class Waiting:
 
 Order = tuple[int, int, int, int, int, str]
 """(urgent first, -priority, deadline, append time, sequence, ref)"""
+
+
+@dataclass(kw_only=True)
+class Round:
+    """One round of choices: what was passed over, and the seconds of prefill it will cost nodes."""
+
+    planned: Planned = field(default_factory=dict)
+    passed: dict[tuple[Lane, str], list[Order]] = field(default_factory=dict)
 
 
 class Window:
@@ -118,34 +124,44 @@ class Window:
         """Models that something waits for."""
         return {model for _, model in self._queues}
 
-    def choose(
-        self, fleet: Fleet, policy: Policy, rng: random.Random, now_ms: int
-    ) -> tuple[Waiting, NodeState] | None:
-        """Take out the next request that some node can take, with that node; None when there is none.
+    def begin_round(self) -> Round:
+        """Begin to choose: what is passed over in a round is not looked at again before `end_round`."""
+        return Round()
 
-        The choice is not reserved yet: the caller does that before it calls again.
+    def end_round(self, round: Round) -> None:
+        """Put back what was passed over, in its old order."""
+        for key, passed in round.passed.items():
+            queue = self._queues.setdefault(key, [])
+            for order in passed:
+                heapq.heappush(queue, order)
+
+    def choose(self, scheduler: Scheduler, round: Round, now_ms: int) -> tuple[Waiting, Choice] | None:
+        """Take out the next request that some node can take now; None when there is none.
+
+        The choice is not reserved yet: the caller does that before it calls again. A request whose best
+        node is busy is passed over, and what it will cost that node counts for those after it.
         """
         lanes = [Lane.INTERACTIVE, Lane.BATCH]
         if self._binds % BATCH_EVERY == BATCH_EVERY - 1:
             lanes.reverse()
         for lane in lanes:
-            chosen = self._choose_in(lane, fleet, policy, rng, now_ms)
+            chosen = self._choose_in(lane, scheduler, round, now_ms)
             if chosen is not None:
                 self._binds += 1
                 return chosen
         return None
 
     def _choose_in(
-        self, lane: Lane, fleet: Fleet, policy: Policy, rng: random.Random, now_ms: int
-    ) -> tuple[Waiting, NodeState] | None:
+        self, lane: Lane, scheduler: Scheduler, round: Round, now_ms: int
+    ) -> tuple[Waiting, Choice] | None:
         heads = []
         for key in list(self._queues):
             if key[0] is lane or self._is_overdue(key, now_ms):
                 head = self._head(key)
-                if head is not None and fleet.has_room(key[1]):
+                if head is not None and scheduler.has_room(key[1]):
                     heads.append((head, key))
         for _, key in sorted(heads):
-            found = self._choose_from(key, fleet, policy, rng)
+            found = self._choose_from(key, scheduler, round)
             if found is not None:
                 return found
         return None
@@ -164,23 +180,18 @@ class Window:
         return queue[0]
 
     def _choose_from(
-        self, key: tuple[Lane, str], fleet: Fleet, policy: Policy, rng: random.Random
-    ) -> tuple[Waiting, NodeState] | None:
-        queue = self._queues[key]
-        passed: list[Order] = []
-        found = None
-        while found is None and len(passed) < LOOK_PAST and self._head(key) is not None:
-            order = heapq.heappop(queue)
+        self, key: tuple[Lane, str], scheduler: Scheduler, round: Round
+    ) -> tuple[Waiting, Choice] | None:
+        passed = round.passed.setdefault(key, [])
+        while len(passed) < LOOK_PAST and self._head(key) is not None:
+            order = heapq.heappop(self._queues[key])
             waiting = self._waiting[order[5]]
-            nodes = candidates(fleet.serving(key[1]), waiting.envelope, waiting.excluded)
-            if nodes:
-                found = waiting, policy(waiting.envelope, nodes, rng)
-            else:
-                passed.append(order)
-        for order in passed:
-            heapq.heappush(queue, order)
-        if passed:
-            self._queues[key] = queue
-        if found is not None:
-            self.remove(found[0].envelope.ref)
-        return found
+            choice = scheduler.choose(waiting.envelope, waiting.excluded, round.planned)
+            if choice is not None and choice.has_room:
+                self.remove(order[5])
+                return waiting, choice
+            passed.append(order)
+            if choice is not None:
+                name = choice.node.name
+                round.planned[name] = round.planned.get(name, 0.0) + choice.prefill_s
+        return None

@@ -11,8 +11,7 @@ import asyncio
 from dispatcher.backends.leader_store import AssignItem, LeaderStore
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, JobId
-from dispatcher.scheduling.fleet import NodeState
-from dispatcher.scheduling.policies import Policy
+from dispatcher.scheduling.scheduler import Choice, Scheduler
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.close import Endings
 from dispatcher.services.persist import until_answered
@@ -23,12 +22,12 @@ class Dispatch:
     """Binds one pool's requests."""
 
     def __init__(
-        self, state: LeaderState, store: LeaderStore, endings: Endings, *, policy: Policy, batch: int
+        self, state: LeaderState, store: LeaderStore, endings: Endings, *, scheduler: Scheduler, batch: int
     ) -> None:
         self._state = state
         self._store = store
         self._endings = endings
-        self._policy = policy
+        self._scheduler = scheduler
         self._batch = batch
 
     async def run(self) -> None:
@@ -48,47 +47,53 @@ class Dispatch:
             except TimeoutError:
                 pass
 
-    def _choose(self) -> list[tuple[Waiting, NodeState, Bound]]:
+    def _choose(self) -> list[tuple[Waiting, Choice, Bound]]:
         state = self._state
-        chosen: list[tuple[Waiting, NodeState, Bound]] = []
-        now = state.clock.now_ms()
+        chosen: list[tuple[Waiting, Choice, Bound]] = []
+        now_ms = state.clock.now_ms()
+        round = state.window.begin_round()
         while len(chosen) < self._batch:
-            found = state.window.choose(state.fleet, self._policy, state.rng, now)
+            found = state.window.choose(self._scheduler, round, now_ms)
             if found is None:
                 break
-            waiting, node = found
-            bound = self._bind(waiting, node)
-            state.bind(waiting.envelope.ref, bound)
-            chosen.append((waiting, node, bound))
+            waiting, choice = found
+            bound = self._bind(waiting, choice)
+            state.bind(waiting.envelope.ref, bound, uncached_tokens=choice.uncached_tokens)
+            chosen.append((waiting, choice, bound))
+        state.window.end_round(round)
+        state.metrics.waits_for_holder.set(sum(map(len, round.passed.values())))
         return chosen
 
-    def _bind(self, waiting: Waiting, node: NodeState) -> Bound:
+    def _bind(self, waiting: Waiting, choice: Choice) -> Bound:
         ref = waiting.envelope.ref
         n = self._state.attempts.get(ref, 0) + 1
         self._state.attempts[ref] = n
+        node = choice.node.name
         return Bound(
             envelope=waiting.envelope,
-            job=JobId(self._state.names.pool, node.name, waiting.ref, Attempt(self._store.lease.epoch, n)),
+            job=JobId(self._state.names.pool, node, waiting.ref, Attempt(self._store.lease.epoch, n)),
             failures=waiting.failures,
             excluded=waiting.excluded,
+            hit_tokens=choice.hit_tokens,
         )
 
-    async def _assign(self, chosen: list[tuple[Waiting, NodeState, Bound]]) -> None:
+    async def _assign(self, chosen: list[tuple[Waiting, Choice, Bound]]) -> None:
         state = self._state
         names = state.names
         items = []
-        for waiting, node, bound in chosen:
+        for waiting, choice, bound in chosen:
             envelope = waiting.envelope
             items.append(
                 AssignItem(
                     job=bound.job,
-                    incarnation=node.identity.incarnation,
+                    incarnation=choice.node.identity.incarnation,
                     cost_tokens=envelope.cost_tokens,
                     from_pending=waiting.from_pending,
                     identity=names.identity(envelope.tenant, envelope.id),
                     fingerprint=envelope.fingerprint,
                     data=waiting.data,
                     envelope=b"" if waiting.from_pending else codec.encode(envelope),
+                    hit_tokens=bound.hit_tokens,
                 )
             )
         marks = {source: progress.assigned for source, progress in state.progress.items()}
@@ -98,22 +103,37 @@ class Dispatch:
         )
         state.metrics.assign_batch.observe(len(items))
         now_ms = state.clock.now_ms()
-        for (waiting, node, _), (answer, _) in zip(chosen, answers, strict=True):
-            await self._answered(waiting, node, answer, now_ms)
+        for (waiting, choice, _), (answer, number) in zip(chosen, answers, strict=True):
+            if answer in {"ok", "already"}:
+                state.fleet.note_number(choice.node.name, waiting.envelope.ref, number)
+            await self._answered(waiting, choice, answer, now_ms)
         state.metrics.bound_requests.set(len(state.bound))
 
-    async def _answered(self, waiting: Waiting, node: NodeState, answer: str, now_ms: int) -> None:
+    async def _answered(self, waiting: Waiting, choice: Choice, answer: str, now_ms: int) -> None:
         state = self._state
         ref = waiting.envelope.ref
         if answer in {"ok", "already"}:
             if not waiting.from_pending:
                 state.progress_of(waiting.ref).take(waiting.ref.offset)
             state.metrics.assigned.inc()
-            state.metrics.wait_s.observe(max(0, now_ms - waiting.envelope.appended_ms) / 1000)
+            waited_ms = max(0, now_ms - waiting.envelope.appended_ms)
+            state.metrics.wait_s.observe(waited_ms / 1000)
+            state.log.debug(
+                "bound",
+                ref=ref,
+                node=choice.node.name,
+                waited_ms=waited_ms,
+                looked_at=choice.looked_at,
+                prompt_tokens=waiting.envelope.prompt_tokens,
+                hit_tokens=choice.hit_tokens,
+                queue_s=round(choice.wait_s, 4),
+                prefill_s=round(choice.prefill_s, 4),
+                stale=choice.is_stale,
+            )
             return
         state.unbind(ref)
         if answer == "gone":
-            node.available = False
+            choice.node.available = False
             state.enter(waiting)
             return
         _, owner, print_ = answer.split("|")

@@ -49,6 +49,7 @@ class _Line(msgspec.Struct):
     attempt: str = ""
     usage: Usage = Usage()
     timing: Timing = Timing()
+    predicted_cached_tokens: int = 0
 
 
 _line = msgspec.json.Decoder(_Line)
@@ -120,7 +121,7 @@ class Publish:
                 if entry.text("kind") in {"failed", "released"}:
                     await self._sort_failure(entry, ref, endings, retries)
                 else:
-                    self._state.unbind(str(ref))
+                    self._state.unbind(str(ref), answered=True)
                     endings.append(_published_ending(entry, ref))
             except ValueError as error:
                 self._state.metrics.foreign.inc()
@@ -264,6 +265,8 @@ class Publish:
         line = _line.decode(ending.publication.outcome)
         state.metrics.outcomes.labels(_known(line.kind, OutcomeKind), _known(line.reason, Reason)).inc()
         timing = line.timing
+        if line.kind == OutcomeKind.COMPLETED:
+            self._learn(line)
         state.log.info(
             "request finished",
             ref=ref,
@@ -276,10 +279,21 @@ class Publish:
             prompt_tokens=line.usage.prompt_tokens,
             completion_tokens=line.usage.completion_tokens,
             cached_tokens=line.usage.cached_tokens,
+            predicted_cached_tokens=line.predicted_cached_tokens,
             queue_ms=timing.claimed - timing.appended if timing.claimed else None,
             ttft_ms=timing.first_token - timing.appended if timing.first_token else None,
             total_ms=timing.ended - timing.appended,
         )
+
+    def _learn(self, line: _Line) -> None:
+        state, usage = self._state, line.usage
+        state.metrics.hit_tokens.labels("prompt").inc(usage.prompt_tokens)
+        state.metrics.hit_tokens.labels("reported").inc(usage.cached_tokens)
+        state.metrics.hit_tokens.labels("predicted").inc(line.predicted_cached_tokens)
+        node = state.fleet.nodes.get(line.node)
+        if node is not None and line.timing.prefill_us:
+            uncached = usage.prompt_tokens - usage.cached_tokens
+            node.predictor.observe(uncached, usage.cached_tokens, line.timing.prefill_us / 1e6)
 
     def _earliest_positions(self) -> dict[str, int]:
         earliest = [

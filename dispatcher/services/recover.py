@@ -131,7 +131,8 @@ class Recovery:
         """Drop what an earlier session of this process left in the mirror, which outlives sessions."""
         mirror = self._mirror
         for node in mirror.fleet.nodes.values():
-            node.held, node.held_tokens, node.admitted = {}, 0, False
+            node.empty()
+        self._state.index.forget_assignments()
         mirror.resync()
         await mirror.step(block_ms=None)
         mirror.changed = {node.name for node in mirror.fleet.nodes.values() if node.available}
@@ -182,9 +183,14 @@ class Recovery:
         envelope = codec.envelopes.decode(job.envelope)
         if job.job:
             bound = Bound(
-                envelope=envelope, job=JobId.parse(job.job), failures=job.failures, excluded=job.excluded
+                envelope=envelope,
+                job=JobId.parse(job.job),
+                failures=job.failures,
+                excluded=job.excluded,
+                hit_tokens=job.hit_tokens,
             )
-            state.bind(job.ref, bound)
+            uncached = 0 if job.claimed else max(1, envelope.prompt_tokens - job.hit_tokens)
+            state.bind(job.ref, bound, uncached_tokens=uncached, number=job.number)
             return
         waiting = Waiting(
             ref=Ref.parse(job.ref),

@@ -16,10 +16,15 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.scheduling.fleet import Fleet
+from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.scheduler import blocks_of
 from dispatcher.scheduling.window import Waiting, Window
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
+
+EVENTS_S = 1.0
+"""Within this time a node's block events tell of what a finished request left in its cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +35,7 @@ class Bound:
     job: JobId
     failures: int
     excluded: tuple[str, ...]
+    hit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +54,7 @@ class LeaderState:
 
     names: Names
     fleet: Fleet
+    index: PrefixIndex
     clock: Clock
     rng: random.Random
     metrics: DispatcherMetrics
@@ -58,6 +65,7 @@ class LeaderState:
     identities: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     generation: str = ""
+    untold_linger_s: float = 300.0
     early_cancels: dict[tuple[str, str], float] = field(default_factory=dict)
     doomed: dict[str, Doom] = field(default_factory=dict)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
@@ -80,20 +88,45 @@ class LeaderState:
             self._tenants[envelope.ref] = envelope.tenant
             heapq.heappush(self.deadlines, (envelope.deadline_at_ms, envelope.ref))
 
-    def bind(self, ref: str, bound: Bound) -> None:
-        """Note a request at a node."""
-        self.bound[ref] = bound
-        envelope = bound.envelope
-        self._know(envelope)
-        self.fleet.reserve(bound.job.node, ref, envelope.cost_tokens)
+    def bind(self, ref: str, bound: Bound, *, uncached_tokens: int = 0, number: int = 0) -> None:
+        """Note a request at a node: its capacity is taken, its blocks will be cached there.
 
-    def unbind(self, ref: str) -> Bound | None:
-        """Note that it is not at a node any more; its capacity is free."""
+        Args:
+            uncached_tokens: prompt tokens it has to compute, 0 when the node's reports cover it already.
+            number: its assignment number, 0 while it has none.
+        """
+        self.bound[ref] = bound
+        envelope, node = bound.envelope, bound.job.node
+        self._know(envelope)
+        self.fleet.reserve(
+            node,
+            ref,
+            envelope.cost_tokens,
+            uncached_tokens=uncached_tokens,
+            number=number,
+            now_s=self.clock.monotonic(),
+        )
+        self.index.expect(node, ref, blocks_of(envelope.block_hashes))
+
+    def unbind(self, ref: str, *, answered: bool = False) -> Bound | None:
+        """Note that it is not at a node any more; its capacity is free.
+
+        Args:
+            answered: its blocks were computed: where no view will tell of them they are expected for a while.
+        """
         bound = self.bound.pop(ref, None)
         if bound is not None:
-            self.fleet.release(bound.job.node, ref)
+            now_s = self.clock.monotonic()
+            name = bound.job.node
+            self.fleet.release(name, ref, now_s)
+            self.index.settle(ref, now_s, linger_s=self._linger_s(bound) if answered else 0.0)
             self.work.set()
         return bound
+
+    def _linger_s(self, bound: Bound) -> float:
+        node = self.fleet.nodes.get(bound.job.node)
+        is_told = node is not None and node.identity.routing_block_size == bound.envelope.block_size
+        return EVENTS_S if is_told and bound.envelope.block_size else self.untold_linger_s
 
     def delay(self, waiting: Waiting, not_before_ms: int) -> None:
         """Let a pending request wait until `not_before_ms`, then to be bound."""

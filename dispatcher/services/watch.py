@@ -118,8 +118,7 @@ class FleetMirror:
                 if node is None or node.identity.incarnation != report.incarnation:
                     self._unknown.add(report.node)
                 else:
-                    node.report = report
-                    node.last_heard_s = self.healthy.now_s
+                    node.hear(report, self.healthy.now_s, self._clock.monotonic())
                     if report.left:
                         self.left.add(report.node)
         except codec.MalformedRecord:

@@ -53,6 +53,11 @@ class Log:
         self._logger = logging.getLogger("flexlb")
         self._who = who
 
+    def debug(self, event: str, **fields: object) -> None:
+        """Why something was decided, for whoever asks."""
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self._logger.debug(event, extra={"fields": {**self._who, **fields}})
+
     def info(self, event: str, **fields: object) -> None:
         """Something normal worth a line."""
         self._logger.info(event, extra={"fields": {**self._who, **fields}})

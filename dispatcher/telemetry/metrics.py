@@ -57,6 +57,40 @@ class DispatcherMetrics:
             "flexlb_adopted", "Running attempts adopted after Redis lost data", registry=registry
         )
         self.generations = Counter("flexlb_generations", "Redis generations begun", registry=registry)
+        self.index_blocks = Gauge(
+            "flexlb_index_blocks", "Different routing blocks in the prefix index", registry=registry
+        )
+        self.index_rebuilds = Counter(
+            "flexlb_index_rebuilds", "Cache views read whole", ["reason"], registry=registry
+        )
+        self.index_mismatched_nodes = Gauge(
+            "flexlb_index_mismatched_nodes",
+            "Nodes whose routing block differs from the pool's: their views are ignored",
+            registry=registry,
+        )
+        self.view_partial_nodes = Gauge(
+            "flexlb_view_partial_nodes", "Nodes that hold more than their view shows", registry=registry
+        )
+        self.hit_tokens = Counter(
+            "flexlb_hit_tokens",
+            "Prompt tokens of completed requests: all, predicted cached, reported cached",
+            ["kind"],
+            registry=registry,
+        )
+        self.waits_for_holder = Gauge(
+            "flexlb_waits_for_node", "Requests that wait for their best node to have room", registry=registry
+        )
+        self.choose_s = Histogram(
+            "flexlb_choose_seconds",
+            "CPU time of one round of choices",
+            registry=registry,
+            buckets=(1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1),
+        )
+        self.block_size_mismatches = Counter(
+            "flexlb_block_size_mismatches",
+            "Requests whose hashes are of another routing block than the pool's",
+            registry=registry,
+        )
         self.foreign = Counter("flexlb_foreign_entries", "Entries of other makers refused", registry=registry)
 
 

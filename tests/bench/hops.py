@@ -28,7 +28,8 @@ from dispatcher.protocol.outcome import Outcome, OutcomeKind, Reason
 from dispatcher.protocol.prefix_hash import block_hashes
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, admit
 from dispatcher.scheduling.fleet import Fleet
-from dispatcher.scheduling.policies import POLICIES
+from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import Waiting, Window
 
 BATCH = 128
@@ -119,15 +120,13 @@ def _choose_all(admitted: list[Admitted], rows: dict[str, dict[str, float]]) -> 
         some = admitted[:512]
         for one in some:
             window.push(Waiting(ref=Ref.parse(one.envelope.ref), envelope=one.envelope, data=one.data))
-        rng = random.Random(1)
-        policy = POLICIES["least_outstanding_tokens"]
+        scheduler = Scheduler(fleet, PrefixIndex(), rng=random.Random(1))
 
-        def work(
-            window: Window = window, fleet: Fleet = fleet, rng: random.Random = rng, policy: Any = policy
-        ) -> None:
-            while (found := window.choose(fleet, policy, rng, 0)) is not None:
-                waiting, node = found
-                fleet.reserve(node.name, waiting.envelope.ref, waiting.envelope.cost_tokens)
+        def work(window: Window = window, fleet: Fleet = fleet, scheduler: Scheduler = scheduler) -> None:
+            round = window.begin_round()
+            while (found := window.choose(scheduler, round, 0)) is not None:
+                waiting, choice = found
+                fleet.reserve(choice.node.name, waiting.envelope.ref, waiting.envelope.cost_tokens)
 
         _timed(rows, f"choose among {nodes} nodes", len(some), work)
 

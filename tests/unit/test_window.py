@@ -13,7 +13,8 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.scheduling.fleet import Fleet
-from dispatcher.scheduling.policies import choose_least_outstanding_tokens
+from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.scheduler import Choice, Scheduler
 from dispatcher.scheduling.window import (
     BATCH_EVERY,
     ENVELOPE_OVERHEAD_BYTES,
@@ -78,12 +79,21 @@ class Bench:
         for item in items:
             self.window.push(item)
 
+    def choose(self) -> tuple[Waiting, Choice] | None:
+        """One choice in a round of its own."""
+        scheduler = Scheduler(self.fleet, PrefixIndex(), policy="least_outstanding_tokens", rng=self.rng)
+        round = self.window.begin_round()
+        found = self.window.choose(scheduler, round, NOW_MS)
+        self.window.end_round(round)
+        return found
+
     def bind(self) -> Waiting | None:
         """Choose and reserve one request."""
-        found = self.window.choose(self.fleet, choose_least_outstanding_tokens, self.rng, NOW_MS)
+        found = self.choose()
         if found is None:
             return None
-        chosen, at = found
+        chosen, choice = found
+        at = choice.node
         assert chosen.envelope.model in at.identity.models
         self.fleet.reserve(at.name, chosen.envelope.ref, chosen.envelope.cost_tokens)
         return chosen
@@ -243,9 +253,9 @@ def test_only_so_many_heads_are_looked_past() -> None:
 
 def test_an_excluded_node_takes_a_request_only_when_no_other_is_eligible() -> None:
     both = Bench(fleet_of(node("a"), node("b")), [waiting(1, excluded=("a",))])
-    found = both.window.choose(both.fleet, choose_least_outstanding_tokens, both.rng, NOW_MS)
+    found = both.choose()
     assert found is not None
-    assert found[1].name == "b"
+    assert found[1].node.name == "b"
     alone = Bench(fleet_of(node("a")), [waiting(1, excluded=("a",))])
     assert alone.bind_all() == [1]
 

@@ -1,0 +1,365 @@
+"""The scheduler: which node gets a request, and whether now or later.
+
+A policy looks at one request and the fleet and returns a `Choice`. `prefill_cost` is FlexLB's own: it
+minimises the predicted time to the first token, counting what each node holds in its cache and what it has
+queued, and lets a request wait for a busy node while that is predicted to beat every other. The others are
+what routers commonly do; they choose without asking whether the node has room, and queue there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.node import Medium
+from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
+from dispatcher.scheduling.fleet import STALE_S, Fleet, NodeState
+from dispatcher.scheduling.prefix_index import Match, PrefixIndex
+
+ALL_LOOKED_AT = 32
+"""Fleets up to this size are looked at whole."""
+MOST_HOLDERS = 16
+"""Of larger ones, this many holders of the prefix, besides the random others."""
+STEP_TOKENS = 2_048
+"""About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
+QUEUED_BOUND = 10_000
+"""Requests queued at one node by policies that don't ask for room."""
+TTFT_POOL = 0.3
+"""`shortest_ttft` takes the least recently chosen of this best share (RTP-LLM's FlexLB, its default)."""
+KV_BYTES_PER_TOKEN = 131_072
+"""Of a Llama-3-8B in bf16: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
+LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
+    Medium.CPU: KV_BYTES_PER_TOKEN / 20e9,
+    Medium.DISK: KV_BYTES_PER_TOKEN / 5e9,
+    Medium.EXTERNAL: KV_BYTES_PER_TOKEN / 3e9,
+}
+"""By 16 lanes of PCIe 4 (20 GB/s in practice), one NVMe (5 GB/s), a 25 Gbit/s network (3 GB/s)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulingParameters:
+    """How `prefill_cost` weighs.
+
+    Args:
+        lambda_kv_s: seconds that KV use k costs, times k/(1-k).
+        near_tie: share of the best prediction within which nodes count as equal.
+        sampled: random nodes looked at besides the holders of the prefix.
+        lookahead_min_s, lookahead_max_s: bounds of the predicted work that a node may have queued.
+        block_size: tokens of a routing block.
+    """
+
+    lambda_kv_s: float = 0.15
+    near_tie: float = 0.05
+    sampled: int = 16
+    lookahead_min_s: float = 0.05
+    lookahead_max_s: float = 2.0
+    block_size: int = BLOCK_TOKENS
+
+
+class Choice(NamedTuple):
+    """The best node for a request. `has_room` says whether it can be bound now; if not, it is worth waiting.
+
+    `wait_s` is the work predicted before it, `prefill_s` its own; `is_stale` says that the node's load was
+    taken from its peers, since its last report is old.
+    """
+
+    node: NodeState
+    has_room: bool
+    hit_tokens: int
+    uncached_tokens: int
+    wait_s: float
+    prefill_s: float
+    looked_at: int
+    is_stale: bool = False
+
+
+@lru_cache(maxsize=8192)
+def blocks_of(hashes: tuple[str, ...]) -> tuple[bytes, ...]:
+    """The routing blocks of an envelope, as the index keeps them."""
+    return tuple(map(bytes.fromhex, hashes))
+
+
+Planned = dict[str, float]
+"""Seconds of prefill, by node, of requests that already wait for it in this round."""
+
+
+class Scheduler:
+    """Chooses nodes for one pool.
+
+    Args:
+        healthy_s: the leader's healthy time, by which a report's age counts.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: PrefixIndex,
+        *,
+        policy: str = "prefill_cost",
+        parameters: SchedulingParameters | None = None,
+        rng: random.Random,
+        healthy_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.fleet = fleet
+        self.index = index
+        self.parameters = parameters if parameters is not None else SchedulingParameters()
+        self._policy = POLICIES[policy]
+        self._asks_for_room = policy in ASKS_FOR_ROOM
+        self._rng = rng
+        self._healthy_s = healthy_s
+        self._turn = 0
+
+    def choose(self, envelope: Envelope, excluded: tuple[str, ...], planned: Planned) -> Choice | None:
+        """The best node for `envelope`; None when no eligible node could ever take it.
+
+        An excluded node (one that already failed this request) is used only when no other is eligible.
+        """
+        return self._policy(self, envelope, excluded, planned)
+
+    def has_room(self, model: str) -> bool:
+        """Whether any node of `model` might be bound to now."""
+        slots = self._asks_for_room
+        return any(node.is_eligible and (not slots or node.has_slot) for node in self.fleet.serving(model))
+
+    # What policies are made of
+
+    def matches(self, envelope: Envelope) -> list[Match]:
+        """Who holds how much of the prompt."""
+        return self.index.match(blocks_of(envelope.block_hashes))
+
+    def hit_tokens(self, node: NodeState, envelope: Envelope, blocks: int) -> int:
+        """Prompt tokens that `blocks` held blocks save: an engine always computes the last token."""
+        if not blocks:
+            return 0
+        block = envelope.block_size or self.parameters.block_size
+        engine_block = node.identity.engine_block_size or 1
+        most = max(0, envelope.prompt_tokens - 1) // engine_block * engine_block
+        return min(blocks * block, most)
+
+    def queued_s(self, node: NodeState, model: str) -> float:
+        """Predicted seconds of the prefill work that a node has before a new request."""
+        tokens = node.queued_tokens
+        if self.is_stale(node):
+            tokens = max(tokens, self.fleet.stale_tokens(model, self._healthy_s()) + node.unseen_tokens)
+        return tokens * node.predictor.cost.token_s
+
+    def is_stale(self, node: NodeState) -> bool:
+        """Whether a node's last report is too old to be believed alone."""
+        return self._healthy_s() - node.last_heard_s > STALE_S
+
+    def lookahead_s(self, node: NodeState) -> float:
+        """The predicted work that a node's queue may hold: one engine step and the feedback's way."""
+        parameters = self.parameters
+        step_s = STEP_TOKENS * node.predictor.cost.token_s
+        return min(max(step_s + 2 * node.feedback_s, parameters.lookahead_min_s), parameters.lookahead_max_s)
+
+    def prefill_s(self, node: NodeState, envelope: Envelope, hit_tokens: int, blocks: int) -> float:
+        """Predicted seconds of the request's own prefill, loading from slower tiers included."""
+        cost = node.predictor.cost
+        seconds = cost.seconds(envelope.prompt_tokens - hit_tokens, hit_tokens)
+        if hit_tokens and blocks:
+            held = blocks_of(envelope.block_hashes)[:blocks]
+            block = envelope.block_size or self.parameters.block_size
+            for medium, count in self.index.slower_blocks(node.name, held).items():
+                seconds += count * block * min(LOAD_S_PER_TOKEN[medium], cost.token_s)
+        return seconds
+
+    def eligible(self, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
+        """Every node that may take `envelope`, with room or without."""
+        nodes = [node for node in self.fleet.serving(envelope.model) if _may_take(node, envelope)]
+        if excluded:
+            return [node for node in nodes if node.name not in excluded] or nodes
+        return nodes
+
+    def looked_at(
+        self, envelope: Envelope, excluded: tuple[str, ...], matches: Sequence[Match]
+    ) -> list[NodeState]:
+        """The nodes worth a prediction: all of a small fleet; of a large one holders and random others."""
+        serving = self.fleet.serving(envelope.model)
+        if len(serving) <= ALL_LOOKED_AT:
+            return self.eligible(envelope, excluded)
+        chosen: dict[str, NodeState] = {}
+        for name in self.index.holders(matches, MOST_HOLDERS, self._rng):
+            node = self.fleet.nodes.get(name)
+            if node is not None and name not in excluded and _may_take(node, envelope):
+                chosen[name] = node
+        sampled = 0
+        for _ in range(4 * self.parameters.sampled):
+            node = serving[self._rng.randrange(len(serving))]
+            if node.name not in chosen and node.name not in excluded and _may_take(node, envelope):
+                chosen[node.name] = node
+                sampled += 1
+                if sampled == self.parameters.sampled:
+                    break
+        return list(chosen.values()) or self.eligible(envelope, excluded)
+
+    def choice(self, node: NodeState, envelope: Envelope, *, has_room: bool, looked_at: int) -> Choice:
+        """The choice of `node` by a policy that predicts nothing; its hits are told all the same."""
+        blocks = self.index.depth(self.matches(envelope), node.name)
+        hit = self.hit_tokens(node, envelope, blocks)
+        return Choice(
+            node=node,
+            has_room=has_room,
+            hit_tokens=hit,
+            uncached_tokens=max(1, envelope.prompt_tokens - hit),
+            wait_s=self.queued_s(node, envelope.model),
+            prefill_s=self.prefill_s(node, envelope, hit, blocks),
+            looked_at=looked_at,
+            is_stale=self.is_stale(node),
+        )
+
+    def next_turn(self) -> int:
+        """A counter for policies that take turns."""
+        self._turn += 1
+        return self._turn
+
+    @property
+    def rng(self) -> random.Random:
+        """Chance."""
+        return self._rng
+
+
+def _may_take(node: NodeState, envelope: Envelope) -> bool:
+    return (
+        node.is_eligible
+        and envelope.model in node.identity.models
+        and envelope.prompt_tokens <= node.longest_prompt()
+        and (not envelope.lora or envelope.lora in node.identity.loras)
+    )
+
+
+def prefill_cost(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Least predicted time to the first token: queue, own prefill, KV pressure."""
+    matches = scheduler.matches(envelope)
+    nodes = scheduler.looked_at(envelope, excluded, matches)
+    if not nodes:
+        return None
+    parameters = scheduler.parameters
+    scored = []
+    best = float("inf")
+    for node in nodes:
+        blocks = scheduler.index.depth(matches, node.name)
+        hit = scheduler.hit_tokens(node, envelope, blocks)
+        wait_s = scheduler.queued_s(node, envelope.model)
+        if not (node.has_slot and node.fits(envelope.cost_tokens)):
+            wait_s += node.slot_wait_s
+        prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
+        k = node.kv_share
+        total = wait_s + planned.get(node.name, 0.0) + prefill_s + parameters.lambda_kv_s * k / (1 - k)
+        scored.append((total, hit, wait_s, prefill_s, node))
+        best = min(best, total)
+    near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]
+    most_cached = max(one[1] for one in near)
+    near = [one for one in near if one[1] == most_cached]
+    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[scheduler.rng.randrange(len(near))]
+    room = (
+        node.has_slot
+        and node.fits(envelope.cost_tokens)
+        and not planned.get(node.name)
+        and wait_s <= scheduler.lookahead_s(node)
+    )
+    return Choice(
+        node=node,
+        has_room=room,
+        hit_tokens=hit,
+        uncached_tokens=max(1, envelope.prompt_tokens - hit),
+        wait_s=wait_s,
+        prefill_s=prefill_s,
+        looked_at=len(nodes),
+        is_stale=scheduler.is_stale(node),
+    )
+
+
+def least_outstanding_tokens(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """The fewest tokens bound per running slot, among nodes with room; caches are not looked at."""
+    nodes = scheduler.eligible(envelope, excluded)
+    if not nodes:
+        return None
+    roomy = [node for node in nodes if node.has_slot and node.fits(envelope.cost_tokens)]
+    loads = [node.held_tokens / node.identity.max_running for node in roomy or nodes]
+    least = min(loads)
+    tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]
+    node = tied[0] if len(tied) == 1 else tied[scheduler.rng.randrange(len(tied))]
+    return scheduler.choice(node, envelope, has_room=bool(roomy), looked_at=len(nodes))
+
+
+def choose_random(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Any eligible node, uniformly."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    node = nodes[scheduler.rng.randrange(len(nodes))]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def round_robin(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """One after the other."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    node = nodes[scheduler.next_turn() % len(nodes)]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def round_robin_lowest_concurrency(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """One after the other, among those that hold the fewest requests."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    fewest = min(len(node.held) for node in nodes)
+    lowest = [node for node in nodes if len(node.held) == fewest]
+    node = lowest[scheduler.next_turn() % len(lowest)]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def shortest_ttft(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Of the best share by predicted queue and prefill, the one chosen longest ago (RTP-LLM's FlexLB)."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    matches = scheduler.matches(envelope)
+
+    def ttft_s(node: NodeState) -> float:
+        blocks = scheduler.index.depth(matches, node.name)
+        hit = scheduler.hit_tokens(node, envelope, blocks)
+        return scheduler.queued_s(node, envelope.model) + scheduler.prefill_s(node, envelope, hit, blocks)
+
+    ranked = sorted(nodes, key=lambda node: (ttft_s(node), node.chosen))
+    pool = ranked[: max(1, int(len(ranked) * TTFT_POOL))]
+    node = min(pool, key=lambda node: node.chosen)
+    node.chosen = scheduler.next_turn()
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def _unfilled(scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
+    return [node for node in scheduler.eligible(envelope, excluded) if len(node.held) < QUEUED_BOUND]
+
+
+Policy = Callable[[Scheduler, Envelope, tuple[str, ...], Planned], Choice | None]
+
+POLICIES: Mapping[str, Policy] = {
+    "prefill_cost": prefill_cost,
+    "least_outstanding_tokens": least_outstanding_tokens,
+    "random": choose_random,
+    "round_robin": round_robin,
+    "round_robin_lowest_concurrency": round_robin_lowest_concurrency,
+    "shortest_ttft": shortest_ttft,
+}
+ASKS_FOR_ROOM = frozenset({"prefill_cost", "least_outstanding_tokens"})
+"""Policies that bind late; the others queue at the node."""
