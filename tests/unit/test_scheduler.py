@@ -1,0 +1,285 @@
+"""Which node a request gets, and when it waits for one."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
+from dispatcher.scheduling.fleet import Fleet, NodeState
+from dispatcher.scheduling.predictor import Predictor, PrefillCost
+from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.scheduler import (
+    ALL_LOOKED_AT,
+    LOAD_S_PER_TOKEN,
+    POLICIES,
+    Choice,
+    Scheduler,
+    SchedulingParameters,
+)
+
+COST = PrefillCost(fixed_s=0.01, token_s=1e-4, attention_s=0.0)
+BLOCK = 256
+
+
+def blocks(*path: int) -> tuple[bytes, ...]:
+    """A chain of routing blocks."""
+    return tuple(bytes(path[: n + 1]).ljust(8, b"\xff") for n in range(len(path)))
+
+
+def request(*path: int, extra_tokens: int = 100, **fields: Any) -> Envelope:
+    """A prompt of these blocks and some more tokens."""
+    return Envelope(
+        ref="i0_0",
+        id="r",
+        **{
+            "model": "m",
+            "prompt_tokens": len(path) * BLOCK + extra_tokens,
+            "max_tokens": 10,
+            "block_size": BLOCK,
+            "block_hashes": tuple(block.hex() for block in blocks(*path)),
+            **fields,
+        },
+    )
+
+
+class Scene:
+    """A fleet of equal nodes, all known and idle."""
+
+    def __init__(self, count: int, policy: str = "prefill_cost", **parameters: Any) -> None:
+        self.fleet = Fleet()
+        self.index = PrefixIndex()
+        self.healthy_s = 0.0
+        for number in range(count):
+            self.add(f"n{number}")
+        self.scheduler = Scheduler(
+            self.fleet,
+            self.index,
+            policy=policy,
+            parameters=SchedulingParameters(**{"near_tie": 0.0, **parameters}),
+            rng=random.Random(5),
+            healthy_s=lambda: self.healthy_s,
+        )
+
+    def add(self, name: str, **identity: Any) -> NodeState:
+        fields = {"models": ("m",), "max_running": 8, "engine_block_size": 16, **identity}
+        node = self.fleet.admit(
+            NodeIdentity(node=name, incarnation="x", **fields),
+            0.0,
+        )
+        node.admitted = True
+        node.predictor = Predictor(COST)
+        return node
+
+    def report(self, name: str, **fields: Any) -> None:
+        report = NodeReport(node=name, incarnation="x", sequence=1, **fields)
+        self.fleet.nodes[name].hear(report, self.healthy_s, 0.0)
+
+    def choose(self, envelope: Envelope, *excluded: str, planned: dict[str, float] | None = None) -> Choice:
+        choice = self.scheduler.choose(envelope, excluded, {} if planned is None else planned)
+        assert choice is not None
+        return choice
+
+
+def test_the_node_that_holds_the_prefix_is_chosen_and_its_hits_are_predicted() -> None:
+    scene = Scene(4)
+    scene.index.store("n2", Medium.GPU, blocks(1, 2, 3))
+    choice = scene.choose(request(1, 2, 3, 4))
+    assert (choice.node.name, choice.hit_tokens, choice.uncached_tokens) == ("n2", 3 * BLOCK, BLOCK + 100)
+    assert choice.prefill_s == pytest.approx(COST.seconds(BLOCK + 100, 3 * BLOCK))
+    assert choice.has_room
+
+
+def test_a_whole_prompt_in_cache_still_computes_its_last_engine_block() -> None:
+    scene = Scene(1)
+    scene.index.store("n0", Medium.GPU, blocks(1, 2))
+    assert scene.choose(request(1, 2, extra_tokens=0)).hit_tokens == 2 * BLOCK - 16
+
+
+def test_a_holder_is_left_for_an_idle_node_once_its_queue_costs_more_than_the_cache_saves() -> None:
+    scene = Scene(2)
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
+    prompt = request(1, 2, 3, 4)
+    scene.report("n1", queued_uncached_tokens=1_000)
+    assert scene.choose(prompt).node.name == "n1"
+    scene.report("n1", queued_uncached_tokens=1_100)
+    assert scene.choose(prompt).node.name == "n0"
+
+
+def test_a_request_waits_for_its_busy_holder_while_that_beats_computing_elsewhere() -> None:
+    scene = Scene(2)
+    long = tuple(range(100))
+    scene.index.store("n1", Medium.GPU, blocks(*long))
+    scene.report("n1", queued_uncached_tokens=20_000)
+    choice = scene.choose(request(*long))
+    assert choice.node.name == "n1"
+    assert not choice.has_room
+    assert choice.wait_s == pytest.approx(2.0)
+
+
+def test_what_others_wait_for_counts_before_it() -> None:
+    scene = Scene(2)
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
+    assert scene.choose(request(1, 2, 3, 4), planned={"n1": 0.09}).node.name == "n1"
+    assert not scene.choose(request(1, 2, 3, 4), planned={"n1": 0.09}).has_room
+    assert scene.choose(request(1, 2, 3, 4), planned={"n1": 0.11}).node.name == "n0"
+
+
+def test_an_assignment_counts_until_a_report_covers_its_number() -> None:
+    scene = Scene(1)
+    node = scene.fleet.nodes["n0"]
+    scene.fleet.reserve("n0", "i0_1", 600, uncached_tokens=500)
+    scene.report("n0", seen_seq=7)
+    assert node.queued_tokens == 500
+    scene.fleet.note_number("n0", "i0_1", 8)
+    scene.report("n0", seen_seq=7)
+    assert node.queued_tokens == 500
+    scene.report("n0", seen_seq=8, queued_uncached_tokens=480)
+    assert node.queued_tokens == 480
+    scene.fleet.reserve("n0", "i0_2", 600, uncached_tokens=500, number=9)
+    scene.fleet.release("n0", "i0_2")
+    assert node.queued_tokens == 480
+
+
+def test_a_number_that_came_after_its_report_is_seen_at_once() -> None:
+    scene = Scene(1)
+    scene.fleet.reserve("n0", "i0_1", 600, uncached_tokens=500)
+    scene.report("n0", seen_seq=3)
+    scene.fleet.note_number("n0", "i0_1", 3)
+    assert scene.fleet.nodes["n0"].queued_tokens == 0
+
+
+def test_a_node_that_stopped_reporting_counts_as_its_peers_and_never_as_idle() -> None:
+    scene = Scene(4)
+    scene.healthy_s = 10.0
+    for name in ("n0", "n1", "n2"):
+        scene.report(name, queued_uncached_tokens=2_000)
+    chosen = Counter(scene.choose(request(9)).node.name for _ in range(200))
+    assert 20 < chosen["n3"] < 80, "an equal, neither shunned nor herded on"
+    assert scene.scheduler.is_stale(scene.fleet.nodes["n3"])
+
+
+def test_kv_pressure_turns_requests_away() -> None:
+    scene = Scene(2)
+    scene.report("n0", kv_used_tokens=90_000, kv_total_tokens=100_000)
+    scene.report("n1", kv_used_tokens=10_000, kv_total_tokens=100_000)
+    assert {scene.choose(request(1)).node.name for _ in range(20)} == {"n1"}
+
+
+def test_slower_tiers_are_priced_by_their_load_time() -> None:
+    scene = Scene(1)
+    scene.index.store("n0", Medium.GPU, blocks(1, 2))
+    fast = scene.choose(request(1, 2)).prefill_s
+    for medium in (Medium.CPU, Medium.DISK, Medium.EXTERNAL):
+        scene.index.replace("n0", {Medium.GPU: blocks(1), medium: [blocks(1, 2)[1]]})
+        slow = scene.choose(request(1, 2)).prefill_s
+        assert slow - fast == pytest.approx(BLOCK * LOAD_S_PER_TOKEN[medium])
+
+
+def test_equal_nodes_share_equally() -> None:
+    scene = Scene(8)
+    chosen = Counter(scene.choose(request(1)).node.name for _ in range(800))
+    assert len(chosen) == 8
+    assert max(chosen.values()) < 160
+
+
+def test_a_near_tie_prefers_more_cached() -> None:
+    scene = Scene(2, near_tie=0.05)
+    scene.index.store("n1", Medium.GPU, blocks(1))
+    scene.report("n1", queued_uncached_tokens=300)
+    prompt = request(1, *range(20, 60))
+    assert {scene.choose(prompt).node.name for _ in range(20)} == {"n1"}
+
+
+def test_a_large_fleet_is_sampled_and_its_holders_are_always_looked_at() -> None:
+    scene = Scene(500)
+    scene.index.store("n77", Medium.GPU, blocks(1, 2, 3))
+    for number in range(500):
+        scene.index.store(f"n{number}", Medium.GPU, blocks(1))
+    for _ in range(50):
+        choice = scene.choose(request(1, 2, 3))
+        assert choice.node.name == "n77"
+        assert choice.looked_at <= 32
+
+
+def test_a_prefix_that_everybody_holds_sends_nobody_to_the_same_few() -> None:
+    scene = Scene(200)
+    for number in range(200):
+        scene.index.store(f"n{number}", Medium.GPU, blocks(1))
+    chosen = Counter(scene.choose(request(1)).node.name for _ in range(1_000))
+    assert len(chosen) > 150
+    assert max(chosen.values()) < 30
+
+
+def test_an_excluded_node_is_used_only_when_no_other_is_eligible() -> None:
+    scene = Scene(2)
+    scene.index.store("n0", Medium.GPU, blocks(1, 2, 3))
+    assert scene.choose(request(1, 2, 3), "n0").node.name == "n1"
+    scene.report("n1", draining=True)
+    assert scene.choose(request(1, 2, 3), "n0").node.name == "n0"
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("count", [3, ALL_LOOKED_AT + 10])
+def test_no_policy_uses_a_node_that_may_not_take_the_request(policy: str, count: int) -> None:
+    scene = Scene(count, policy)
+    fleet = scene.fleet.nodes
+    fleet["n0"].available = False
+    fleet["n1"].admitted = False
+    scene.add("small", max_model_len=100)
+    scene.add("other", models=("another",))
+    scene.add("plain")
+    scene.add("tuned", loras=("sql",))
+    scene.report("n2", engine_ok=False)
+    usable = {f"n{number}" for number in range(3, count)} | {"plain", "tuned"}
+    chosen = {scene.choose(request(1)).node.name for _ in range(300)}
+    assert chosen <= usable
+    assert {scene.choose(request(1, lora="sql")).node.name for _ in range(20)} == {"tuned"}
+    assert scene.scheduler.choose(request(1, model="unknown"), (), {}) is None
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "round_robin_lowest_concurrency", "shortest_ttft"])
+def test_idle_equal_nodes_take_turns(policy: str) -> None:
+    scene = Scene(3, policy)
+    names = []
+    for number in range(6):
+        choice = scene.choose(request(number))
+        scene.fleet.reserve(choice.node.name, f"i0_{number}", 10, uncached_tokens=356)
+        names.append(choice.node.name)
+    assert sorted(names[:3]) == sorted(names[3:]) == ["n0", "n1", "n2"]
+
+
+def test_lowest_concurrency_looks_at_what_nodes_hold() -> None:
+    scene = Scene(3, "round_robin_lowest_concurrency")
+    for number, name in enumerate(("n0", "n0", "n2")):
+        scene.fleet.reserve(name, f"i0_{number}", 10)
+    assert scene.choose(request(1)).node.name == "n1"
+
+
+@pytest.mark.parametrize(
+    "policy", ["random", "round_robin", "round_robin_lowest_concurrency", "shortest_ttft"]
+)
+def test_policies_of_routers_queue_at_the_node(policy: str) -> None:
+    scene = Scene(1, policy)
+    for number in range(50):
+        assert scene.choose(request(1)).has_room
+        scene.fleet.reserve("n0", f"i0_{number}", 10, uncached_tokens=10_000)
+    assert scene.scheduler.has_room("m")
+
+
+def test_a_full_node_frees_a_slot_no_sooner_than_its_requests_end() -> None:
+    scene = Scene(2)
+    busy = scene.fleet.nodes["n1"]
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3))
+    for number in range(busy.request_bound):
+        scene.fleet.reserve("n1", f"i0_{number}", 10, now_s=0.0)
+    busy.service_s = 90.0
+    assert scene.choose(request(1, 2, 3)).node.name == "n0"
+    busy.service_s = 0.09
+    choice = scene.choose(request(1, 2, 3))
+    assert choice.node.name == "n1"
+    assert not choice.has_room
