@@ -9,21 +9,23 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
-import msgspec
 import pytest
 
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.outcome import FailureCause, Usage
 from dispatcher.protocol.request import Endpoint
+from dispatcher.simulation.profiles import PROFILES
+from dispatcher.simulation.tokens import Answer, tokenise
 from tests.support.bad_engines import Behaviour, bad_engine
 from tests.support.wait import wait_until
 from workers_agent.engines.engine import Engine, EngineFailure, Piece
 from workers_agent.engines.openai_http import OpenAIEngine, streaming_body
-from workers_agent.simulator.model import Answer, Profile
-from workers_agent.simulator.server import Message, Simulator, SimulatorSettings, render_chat
+from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
+from workers_agent.simulator.wire import Message, render_chat
 
 PROMPT = {"model": "sim", "prompt": "Once upon a time", "max_tokens": 6}
 CHAT = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
@@ -51,7 +53,7 @@ async def engine_at(
 
 @asynccontextmanager
 async def simulator(**settings: object) -> AsyncIterator[tuple[Simulator, str]]:
-    simulator = Simulator(msgspec.convert({"time_scale": 0.0, **settings}, SimulatorSettings))
+    simulator = Simulator(SimulatorSettings(**{"time_scale": 0.0, **settings}))  # type: ignore[arg-type]
     try:
         yield simulator, await simulator.start()
     finally:
@@ -301,7 +303,7 @@ async def test_simulated_completion_is_whole_and_as_predicted() -> None:
         assert await engine.is_alive()
         assert await engine.models() == ("sim",)
         pieces = await collect(engine, {**PROMPT, "return_token_ids": True})
-    answer = Answer("Once upon a time")
+    answer = Answer(tokenise("Once upon a time"))
     assert text_of(pieces) == answer.text(6)
     ids = tuple(answer.token_id(place) for place in range(6))
     assert sum((choice.token_ids or () for piece in pieces for choice in piece.choices), ()) == ids
@@ -314,7 +316,9 @@ async def test_simulated_chat_with_two_choices() -> None:
     async with simulator() as (_, url), engine_at(url) as engine:
         pieces = await collect(engine, {**CHAT, "n": 2}, Endpoint.CHAT)
     prompt = render_chat([Message(role="user", content="hello")])
-    assert [text_of(pieces, index) for index in (0, 1)] == [Answer(prompt, index).text(5) for index in (0, 1)]
+    assert [text_of(pieces, index) for index in (0, 1)] == [
+        Answer(tokenise(prompt), index).text(5) for index in (0, 1)
+    ]
     assert sorted(finishes_of(pieces)) == [(0, "length"), (1, "length")]
     assert pieces[-1].usage == Usage(prompt_tokens=3, completion_tokens=10)
 
@@ -335,7 +339,7 @@ async def test_simulated_prompts_of_token_ids_and_their_cache() -> None:
 
 
 async def test_closing_a_stream_frees_the_engine_at_once() -> None:
-    profile = Profile(decode_step_s=3_600.0)
+    profile = replace(PROFILES["test"], decode_sequence_s=3_599.0)
     async with simulator(profile=profile, time_scale=1.0) as (engine_side, url), engine_at(url) as engine:
         async with aclosing(engine.stream(work(), json.dumps(PROMPT).encode())) as stream:
             piece = await anext(stream)
@@ -345,7 +349,7 @@ async def test_closing_a_stream_frees_the_engine_at_once() -> None:
 
 
 async def test_cancelling_before_the_first_token_frees_the_engine() -> None:
-    profile = Profile(prefill_tokens_per_s=0.001)
+    profile = replace(PROFILES["test"], prefill_token_s=1_000.0)
     async with simulator(profile=profile, time_scale=1.0) as (engine_side, url), engine_at(url) as engine:
         running = asyncio.create_task(collect(engine, PROMPT))
         await wait_until(lambda: engine_side.engine.running == 1, "the request to run")
@@ -375,9 +379,10 @@ async def test_connections_are_kept_between_requests() -> None:
 
 async def test_a_large_body_arrives() -> None:
     prompt = "word " * 300_000
-    async with simulator(max_model_tokens=1_000_000) as (_, url), engine_at(url) as engine:
+    profile = replace(PROFILES["test"], kv_blocks=40_000)
+    async with simulator(profile=profile, max_model_tokens=1_000_000) as (_, url), engine_at(url) as engine:
         pieces = await collect(engine, {**PROMPT, "prompt": prompt})
-    assert text_of(pieces) == Answer(prompt).text(6)
+    assert text_of(pieces) == Answer(tokenise(prompt)).text(6)
 
 
 @pytest.mark.parametrize(
@@ -394,13 +399,13 @@ async def test_a_large_body_arrives() -> None:
 async def test_the_simulated_engine_refuses_as_a_real_one(
     body: dict[str, object], cause: FailureCause, status: int
 ) -> None:
-    profile = Profile(max_running=4)
+    profile = replace(PROFILES["test"], max_running=4)
     async with simulator(profile=profile, max_waiting=4, max_model_tokens=2_000) as (_, url):
         async with engine_at(url) as engine:
             with pytest.raises(EngineFailure) as caught:
                 await collect(engine, body)
             assert (caught.value.cause, caught.value.http_status) == (cause, status)
-            assert text_of(await collect(engine, PROMPT)) == Answer("Once upon a time").text(6)
+            assert text_of(await collect(engine, PROMPT)) == Answer(tokenise("Once upon a time")).text(6)
 
 
 async def test_the_simulated_engine_without_stream_gives_the_same_answer() -> None:
@@ -411,18 +416,18 @@ async def test_the_simulated_engine_without_stream_gives_the_same_answer() -> No
             metrics = await response.text()
     prompt = render_chat([Message(role="user", content="hello")])
     assert [choice["message"]["content"] for choice in answer["choices"]] == [
-        Answer(prompt).text(5),
-        Answer(prompt, 1).text(5),
+        Answer(tokenise(prompt)).text(5),
+        Answer(tokenise(prompt), 1).text(5),
     ]
     assert answer["usage"]["completion_tokens"] == 10
-    assert 'vllm:num_requests_running{model_name="sim"} 0.0' in metrics
-    assert 'vllm:num_requests_waiting{model_name="sim"} 0.0' in metrics
+    assert 'vllm:num_requests_running{engine="0",model_name="sim"} 0.0' in metrics
+    assert 'vllm:num_requests_waiting{engine="0",model_name="sim"} 0.0' in metrics
 
 
 async def test_faults_on_purpose_are_failures_and_repeat_with_the_seed() -> None:
     async def causes(seed: int) -> list[str]:
         seen = []
-        async with simulator(fail_rate=0.5, stall_rate=0.2, seed=seed) as (_, url):
+        async with simulator(faults=Faults(fail_rate=0.5, stall_rate=0.2), seed=seed) as (_, url):
             async with engine_at(url, inter_token_timeout_s=0.5) as engine:
                 for _ in range(12):
                     try:
@@ -453,7 +458,7 @@ async def spawn(*arguments: str) -> asyncio.subprocess.Process:
 
 
 async def test_the_simulator_process_serves_and_ends_at_once_on_sigterm() -> None:
-    process = await spawn("--model", "tiny", "--decode-step-ms", "3600000", "--prefill-tokens-per-s", "1e6")
+    process = await spawn("--model", "tiny", "--decode-step-ms-per-sequence", "3000000")
     try:
         assert process.stdout is not None
         ready = json.loads(await process.stdout.readline())

@@ -38,7 +38,7 @@ from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.protocol.request import Endpoint
 from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
-from workers_agent.simulator.server import Simulator, SimulatorSettings
+from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
 
 NODE = "gpu-17"
 MODEL = "sim"
@@ -282,7 +282,7 @@ async def test_a_pickled_job_in_our_queue_is_named_and_never_run(
 @asynccontextmanager
 async def simulated_engine(**settings: object) -> AsyncIterator[str]:
     """An engine over HTTP; its address."""
-    engine = Simulator(msgspec.convert({"model": MODEL, "time_scale": 0.0, **settings}, SimulatorSettings))
+    engine = Simulator(SimulatorSettings(**{"model": MODEL, "time_scale": 0.0, **settings}))  # type: ignore[arg-type]
     try:
         yield await engine.start()
     finally:
@@ -386,7 +386,7 @@ async def test_an_attempt_that_fails_under_a_stock_worker_is_bound_again(
 ) -> None:
     await create_topics(kafka_clients, scene.names, partitions=1, replication_factor=1)
     (job,) = await scene.assign(0)
-    async with simulated_engine(fail_rate=1.0) as engine_url:
+    async with simulated_engine(faults=Faults(fail_rate=1.0)) as engine_url:
         log = await burst(scene, valkey, kafka, engine_url, "rq.SimpleWorker")
     ((entry, fields),) = await scene.client.xrange(scene.names.closing)
     assert fields[b"kind"] == b"failed", log

@@ -1,4 +1,4 @@
-"""`python -m workers_agent.simulator`: one simulated engine as a process.
+"""`flexlb engine-sim` (`python -m workers_agent.simulator`): one simulated engine as a process.
 
 Prints one JSON line with its address once it answers; ends at once on SIGTERM or SIGINT.
 """
@@ -10,9 +10,12 @@ import asyncio
 import json
 import signal
 import sys
+from dataclasses import replace
+from typing import Any
 
-from workers_agent.simulator.model import Profile
-from workers_agent.simulator.server import Simulator, SimulatorSettings
+from dispatcher.simulation.profile import Profile
+from dispatcher.simulation.profiles import PROFILES
+from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
 
 
 def _number(text: str) -> float:
@@ -53,38 +56,71 @@ def _port(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m workers_agent.simulator",
-        description="A simulated OpenAI-compatible engine: real HTTP, modelled time, deterministic answers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="flexlb engine-sim",
+        description="A simulated OpenAI-compatible engine: real HTTP and KV events, modelled time, "
+        "deterministic answers. It shows itself as vLLM does.",
+        epilog="POST /sim/faults changes the fault shares of a running engine, e.g. "
+        '{"fail_rate": 0.1, "stall_rate": 0, "crash_rate": 0, "slow_rate": 0.2, "slow_s": 1}.',
     )
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_port, default=0, help="port to listen on; 0 takes a free one")
-    add("--model", default="sim", help="name of the served model")
-    add("--max-model-tokens", type=_count, default=131_072, help="longest prompt and answer together")
-    add("--max-running", type=_count, default=32, help="sequences in the batch")
-    add("--max-waiting", type=_count, default=1_024, help="sequences in the queue; above it, 429")
-    add("--prefill-tokens-per-s", type=_speed, default=40_000.0, help="prompt tokens computed per second")
-    add("--decode-step-ms", type=_number, default=8.0, help="time of a decode step of one sequence")
-    add(
-        "--decode-step-ms-per-sequence",
-        type=_number,
-        default=0.0,
-        help="time that each further sequence adds to a decode step",
+    serving = parser.add_argument_group("serving").add_argument
+    serving("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serving("--port", type=_port, default=0, help="port to listen on (default 0: a free one)")
+    serving("--model", default="sim", help="name of the served model (default sim)")
+    serving("--max-model-tokens", type=_count, default=131_072, help="longest prompt and answer together")
+    serving("--max-waiting", type=_count, default=1_024, help="sequences in the queue; above it, 429")
+    serving("--time-scale", type=_number, default=1.0, help="wall seconds per modelled second; 0 never waits")
+    profile = parser.add_argument_group("profile", "how fast it is and how much it holds").add_argument
+    profile("--profile", choices=sorted(PROFILES), default="test", help="GPU and model (default test)")
+    profile("--list-profiles", action="store_true", help="print the profiles with their sources, and end")
+    profile("--max-running", type=_count, help="sequences in the batch")
+    profile("--max-batched-tokens", type=_count, help="token budget of a step")
+    profile("--block-size", type=_count, help="tokens of a KV block")
+    profile("--kv-blocks", type=_count, help="blocks of the KV cache")
+    profile("--prefill-tokens-per-s", type=_speed, help="prompt tokens computed per second")
+    profile("--decode-step-ms", type=_number, help="fixed time of a step")
+    profile("--decode-step-ms-per-sequence", type=_number, help="what each decoding sequence adds to it")
+    events = parser.add_argument_group("KV events", "as vLLM publishes them on ZeroMQ").add_argument
+    events(
+        "--kv-events-endpoint",
+        default="",
+        metavar="ADDRESS",
+        help="tcp://*:PORT and ipc://PATH bind (port 0: a free one), tcp://HOST:PORT connects",
     )
-    add("--cache-blocks", type=_count, default=4_096, help="prefix cache, in blocks of 16 tokens")
-    add("--time-scale", type=_number, default=1.0, help="seconds per modelled second; 0 waits for nothing")
-    add("--fail-rate", type=_share, default=0.0, help="share of requests that fail: 500, cut, or error event")
-    add("--stall-rate", type=_share, default=0.0, help="share of requests that fall silent half-way")
-    add("--seed", type=int, default=0, help="chooses which requests fail and stall")
+    events("--kv-replay-endpoint", default="", metavar="ADDRESS", help="where missed events are replayed")
+    events("--kv-events-topic", default="", metavar="TEXT", help="topic of the events")
+    events("--kv-events-encoding", choices=("map", "array"), default="map", help="of newer or older vLLM")
+    events("--drop-kv-events", type=_share, default=0.0, help="share of batches lost on the way")
+    faults = parser.add_argument_group("faults", "chosen by the seed").add_argument
+    faults("--fail-rate", type=_share, default=0.0, help="share of requests that fail: 500, cut, error event")
+    faults("--stall-rate", type=_share, default=0.0, help="share that falls silent half-way")
+    faults("--crash-rate", type=_share, default=0.0, help="share that kills the process half-way")
+    faults("--slow-rate", type=_share, default=0.0, help="share whose tokens are late")
+    faults("--slow-s", type=_number, default=0.5, help="modelled seconds by which each of those is late")
+    faults("--seed", type=int, default=0, help="chooses which (default 0)")
     return parser
+
+
+def chosen_profile(chosen: argparse.Namespace) -> Profile:
+    """The named profile with what was given in place of its own."""
+    given: dict[str, Any] = {
+        "max_running": chosen.max_running,
+        "max_batched_tokens": chosen.max_batched_tokens,
+        "block_tokens": chosen.block_size,
+        "kv_blocks": chosen.kv_blocks,
+        "prefill_token_s": chosen.prefill_tokens_per_s and 1 / chosen.prefill_tokens_per_s,
+        "fixed_s": chosen.decode_step_ms and chosen.decode_step_ms / 1000,
+        "decode_sequence_s": chosen.decode_step_ms_per_sequence and chosen.decode_step_ms_per_sequence / 1000,
+    }
+    return replace(
+        PROFILES[chosen.profile], **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 async def serve(settings: SimulatorSettings, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        OSError: the address can't be used.
+        OSError: an address can't be used.
     """
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
@@ -92,7 +128,10 @@ async def serve(settings: SimulatorSettings, host: str, port: int) -> None:
     simulator = Simulator(settings)
     try:
         url = await simulator.start(host, port)
-        print(json.dumps({"url": url, "model": settings.model}), flush=True)
+        ready = {"url": url, "model": settings.model, "profile": settings.profile.name}
+        if simulator.kv is not None:
+            ready |= {"kv_events": simulator.kv.endpoint, "kv_replay": simulator.kv.replay}
+        print(json.dumps(ready), flush=True)
         await stop.wait()
     finally:
         await simulator.close()
@@ -100,22 +139,35 @@ async def serve(settings: SimulatorSettings, host: str, port: int) -> None:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    chosen = parser().parse_args()
+    flags = parser()
+    chosen = flags.parse_args()
+    if chosen.list_profiles:
+        for profile in PROFILES.values():
+            print(f"{profile.name:22} {profile.source}")
+        return 0
+    try:
+        profile = chosen_profile(chosen)
+    except ValueError as error:
+        flags.error(str(error))
     settings = SimulatorSettings(
         model=chosen.model,
-        profile=Profile(
-            prefill_tokens_per_s=chosen.prefill_tokens_per_s,
-            decode_step_s=chosen.decode_step_ms / 1000,
-            decode_step_s_per_sequence=chosen.decode_step_ms_per_sequence / 1000,
-            max_running=chosen.max_running,
-            cache_blocks=chosen.cache_blocks,
-        ),
+        profile=profile,
         max_model_tokens=chosen.max_model_tokens,
         max_waiting=chosen.max_waiting,
         time_scale=chosen.time_scale,
-        fail_rate=chosen.fail_rate,
-        stall_rate=chosen.stall_rate,
+        faults=Faults(
+            fail_rate=chosen.fail_rate,
+            stall_rate=chosen.stall_rate,
+            crash_rate=chosen.crash_rate,
+            slow_rate=chosen.slow_rate,
+            slow_s=chosen.slow_s,
+        ),
         seed=chosen.seed,
+        kv_events=chosen.kv_events_endpoint,
+        kv_replay=chosen.kv_replay_endpoint,
+        kv_topic=chosen.kv_events_topic,
+        kv_encoding=chosen.kv_events_encoding,
+        kv_drop_share=chosen.drop_kv_events,
     )
     try:
         asyncio.run(serve(settings, chosen.host, chosen.port))
