@@ -1,0 +1,1 @@
+"""What runs FlexLB in containers: image, health check, Prometheus and Grafana settings."""
