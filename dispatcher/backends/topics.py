@@ -42,7 +42,10 @@ async def create_topics(
                 topic_configs={
                     "max.message.bytes": str(MAX_RECORD_BYTES),
                     "retention.ms": str(BODIES_MS if topic in {names.replies, names.cancels} else WEEK_MS),
+                    "retention.bytes": "-1",
                     "message.timestamp.type": "LogAppendTime",
+                    "cleanup.policy": "delete",
+                    "min.insync.replicas": "2" if replication_factor > 2 else "1",
                 },
             )
             response = await admin.create_topics([new])

@@ -1,0 +1,1 @@
+"""`flexlb doctor`: facts gathered from the servers, and pure findings about them."""
