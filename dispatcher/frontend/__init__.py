@@ -1,0 +1,1 @@
+"""The OpenAI API over the queue: a skin over the SDK. It needs Kafka; Redis only to list models."""

@@ -1,0 +1,56 @@
+"""The command of a frontend: `flexlb frontend`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+
+from prometheus_client import CollectorRegistry
+
+from dispatcher.backends.connect import connect_kafka, connect_redis
+from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.errors import SettingsError
+from dispatcher.frontend.api_keys import read_api_keys
+from dispatcher.frontend.app import Frontend
+from dispatcher.frontend.settings import FrontendSettings
+from dispatcher.telemetry.logging import Log, configure_logging
+
+
+def configure_frontend(parser: argparse.ArgumentParser) -> None:
+    """Flags of `flexlb frontend`: one per setting."""
+    add_flags(parser, FrontendSettings)
+
+
+async def run_frontend(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; what runs then gets `shutdown_grace_s` to end."""
+    settings = read_settings(FrontendSettings, vars(options))
+    configure_logging(settings.log_level)
+    log = Log(process="frontend", pool=settings.pool, host=socket.gethostname(), pid=os.getpid())
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    frontend = Frontend(
+        settings,
+        kafka=connect_kafka(settings.kafka),
+        redis=connect_redis(settings.redis) if settings.redis else None,
+        keys=read_api_keys(settings.api_keys_file) if settings.api_keys_file else None,
+        registry=CollectorRegistry(),
+        log=log,
+    )
+    try:
+        async with frontend:
+            log.info("frontend ready", address=f"http://{settings.host}:{frontend.port}/v1")
+            await stopped.wait()
+            log.info("frontend stopping")
+            await frontend.drain(settings.shutdown_grace_s)
+    except OSError as error:
+        raise SettingsError(
+            f"--port: expected a free port on {settings.host}, seen {settings.port}: "
+            f"{error.strerror or error}; choose another or 0 for any"
+        ) from None
+    log.info("frontend stopped")
+    return 0
