@@ -35,6 +35,7 @@ COMMANDS = (
     ),
     Command(name="up", text="run a whole stack on this machine until Ctrl-C", module="dispatcher.local.up"),
     Command(name="dispatcher", text="run a dispatcher: a standby that may lead", module="dispatcher.serve"),
+    Command(name="frontend", text="serve the OpenAI API over the queue", module="dispatcher.frontend.serve"),
     Command(name="init", text="create a pool's topics", module="dispatcher.serve"),
     Command(
         name="replay",
@@ -45,6 +46,16 @@ COMMANDS = (
         name="audit",
         text="read the raw topics and name every lost, duplicated or re-executed request",
         module="dispatcher.audit",
+    ),
+    Command(
+        name="config",
+        text="print the effective settings and where each comes from",
+        module="dispatcher.config_command",
+    ),
+    Command(
+        name="doctor",
+        text="check what a cluster needs, with the fix for each finding",
+        module="dispatcher.doctor.command",
     ),
 )
 FORWARDED = {

@@ -1,13 +1,13 @@
-"""Settings of a dispatcher, from the environment (`FLEXLB_*`) and flags; each with unit and bounds.
+"""Settings of a dispatcher, each with unit and bounds; `backends.environment` says where they come from.
 
 A wrong value stops the process at start with the setting's name, what was expected and what was seen.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dispatcher.protocol.names import POOL_PATTERN
@@ -56,6 +56,9 @@ class DispatcherSettings(BaseSettings):
         default=0, ge=0, le=65535, description="port of /metrics and /health, 0 for any"
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of /metrics and /health")
+    election: bool = Field(
+        default=True, description="whether dispatchers elect a leader; without, run exactly one"
+    )
     leader_ttl_s: float = Field(default=3.0, ge=0.2, le=60, description="leader lock TTL, seconds")
     heartbeat_ttl_s: float = Field(
         default=2.0, ge=0.2, le=60, description="silence that fences a node, seconds"
@@ -70,11 +73,13 @@ class DispatcherSettings(BaseSettings):
     assign_batch: int = Field(default=128, ge=1, le=1024, description="requests bound by one script call")
     max_record_bytes: int = Field(default=1 << 20, ge=1024, description="largest request record, bytes")
     default_deadline_s: float = Field(
-        default=600, ge=1, le=86_400, description="deadline of requests without one"
+        default=600, ge=1, le=86_400, description="deadline of requests without one, seconds"
     )
-    max_deadline_s: float = Field(default=86_400, ge=1, le=604_800, description="longest deadline accepted")
+    max_deadline_s: float = Field(
+        default=86_400, ge=1, le=604_800, description="longest deadline accepted, seconds"
+    )
     unknown_model_grace_s: float = Field(
-        default=5.0, ge=0, le=3600, description="wait before a model that no node serves is refused"
+        default=5.0, ge=0, le=3600, description="wait before a model that no node serves is refused, seconds"
     )
     topic_partitions: int = Field(
         default=4, ge=1, le=1000, description="partitions of topics that `init` creates"
@@ -86,3 +91,16 @@ class DispatcherSettings(BaseSettings):
         default="INFO", description="least level logged"
     )
     seed: int = Field(default=0, ge=0, description="seed of random choices, 0 for a fresh one")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        """Refuse pairs of values that contradict each other."""
+        for low, high in (
+            ("lookahead_min_s", "lookahead_max_s"),
+            ("default_deadline_s", "max_deadline_s"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low}: expected at most {high} ({getattr(self, high):g}), seen {getattr(self, low):g}"
+                )
+        return self

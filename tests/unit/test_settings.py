@@ -1,0 +1,197 @@
+"""Settings from every source: which one wins, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic_settings import BaseSettings
+
+from dispatcher.backends.effective_settings import print_effective, rows_of
+from dispatcher.backends.environment import (
+    DEFAULT,
+    EVERYWHERE,
+    TABLES,
+    expected_of,
+    masked,
+    read_effective,
+    table_of,
+)
+from dispatcher.errors import SettingsError
+from dispatcher.settings import DispatcherSettings
+from workers_agent.settings import AgentSettings
+
+KINDS: tuple[type[BaseSettings], ...] = (DispatcherSettings, AgentSettings)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "flexlb.toml"
+
+
+def told(
+    flags: dict[str, object] | None = None,
+    environ: dict[str, str] | None = None,
+    kind: type[BaseSettings] = DispatcherSettings,
+) -> str:
+    """What a wrong set of sources is told."""
+    with pytest.raises(SettingsError) as raised:
+        read_effective(kind, flags or {}, environ or {})
+    return str(raised.value)
+
+
+def test_each_source_wins_over_the_next(file: Path) -> None:
+    file.write_text('[dispatcher]\npolicy = "round_robin"\n')
+    legacy = {"FLEXLB_CONFIG": '{"loadBalanceStrategy": "SHORTEST_TTFT"}'}
+    with_file = {**legacy, "FLEXLB_CONFIG_FILE": str(file)}
+    with_variable = {**with_file, "FLEXLB_POLICY": "random"}
+    flags: dict[str, object] = {"policy": "least_outstanding_tokens"}
+    seen = [
+        (effective.settings.policy, effective.sources["policy"])
+        for effective in (
+            read_effective(DispatcherSettings, {}, {}),
+            read_effective(DispatcherSettings, {}, legacy),
+            read_effective(DispatcherSettings, {}, with_file),
+            read_effective(DispatcherSettings, {}, with_variable),
+            read_effective(DispatcherSettings, flags, with_variable),
+        )
+    ]
+    assert seen == [
+        ("prefill_cost", DEFAULT),
+        ("shortest_ttft", "FLEXLB_CONFIG: loadBalanceStrategy"),
+        ("round_robin", f"{file}: dispatcher.policy"),
+        ("random", "FLEXLB_POLICY"),
+        ("least_outstanding_tokens", "--policy"),
+    ]
+
+
+def test_flag_names_the_file_over_the_variable(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    file.write_text('pool = "a"')
+    other.write_text('pool = "b"')
+    effective = read_effective(
+        DispatcherSettings, {"config_file": str(file)}, {"FLEXLB_CONFIG_FILE": str(other)}
+    )
+    assert effective.settings.pool == "a"
+
+
+def test_one_file_serves_every_process(file: Path) -> None:
+    file.write_text(
+        'redis = "redis://r/1"\npool = "p"\n[dispatcher]\npool = "own"\nseed = 3\n[agent]\nmax_running = 7\n'
+    )
+    environ = {"FLEXLB_CONFIG_FILE": str(file)}
+    dispatcher = read_effective(DispatcherSettings, {}, environ).settings
+    agent = read_effective(AgentSettings, {}, environ).settings
+    assert (dispatcher.redis, dispatcher.pool, dispatcher.seed) == ("redis://r/1", "own", 3)
+    assert (agent.redis, agent.pool, agent.max_running) == ("redis://r/1", "p", 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[dispatcher]\nwindow_byte = 1", ["dispatcher.window_byte: ", "did you mean 'window_bytes'?"]),
+        ("[dispacher]\nseed = 1", ["dispacher: ", "did you mean 'dispatcher'?"]),
+        ("rediss = 'x'", ["rediss: ", "did you mean 'redis'?"]),
+        ("zzzzzz = 1", ["zzzzzz: expected a setting, seen an unknown key; 'flexlb config -v' names all"]),
+        ("seed = 1", ["seed: ", "move it into [dispatcher]"]),
+        ("dispatcher = 1", ["dispatcher: expected a table, seen '1'; write [dispatcher]"]),
+        ("agent = []", ["agent: expected a table"]),
+        (
+            "[dispatcher]\nseed = 'x'",
+            ["dispatcher.seed: expected a whole number of at least 0 (", "seen 'x'"],
+        ),
+        ("[dispatcher]\npool = ['a']", ["dispatcher.pool: expected text", "seen \"['a']\""]),
+        ("[dispatcher]\nleader_ttl_s = 61", ["dispatcher.leader_ttl_s: expected a number from 0.2 to 60"]),
+        ("pool =", ["expected TOML: "]),
+    ],
+)
+def test_wrong_file_is_told_with_its_path(file: Path, text: str, words: list[str]) -> None:
+    file.write_text(text)
+    message = told({"config_file": str(file)})
+    assert message.startswith(f"{file}: ")
+    for word in words:
+        assert word in message
+
+
+def test_absent_file_is_told() -> None:
+    assert told({"config_file": "/nowhere/x.toml"}).startswith("--config: expected a file that can be read")
+
+
+def test_another_process_s_table_is_left_to_it(file: Path) -> None:
+    file.write_text("[agent]\nmax_runing = 7\n")
+    environ = {"FLEXLB_CONFIG_FILE": str(file)}
+    assert read_effective(DispatcherSettings, {}, environ).settings == DispatcherSettings()
+    assert "did you mean 'max_running'?" in told(environ=environ, kind=AgentSettings)
+
+
+def test_every_wrong_value_is_named_at_once(file: Path) -> None:
+    file.write_text("[dispatcher]\nspan_limit = 1\nunheard = 2\n")
+    message = told(
+        {"metrics_port": "70000", "config_file": str(file)},
+        {"FLEXLB_POLICY": "best", "FLEXLB_ELECTION": "perhaps"},
+    )
+    lines = sorted(message.splitlines())
+    assert len(lines) == 5
+    assert "--metrics-port: expected a whole number from 0 to 65535 (" in message
+    assert "FLEXLB_POLICY: expected one of prefill_cost, least_outstanding_tokens, random, " in message
+    assert "FLEXLB_ELECTION: expected true or false (" in message
+    assert f"{file}: dispatcher.span_limit: expected a whole number of at least 100 (" in message
+    assert f"{file}: dispatcher.unheard: " in message
+
+
+def test_values_that_contradict_each_other_are_told() -> None:
+    message = told({"lookahead_min_s": "3"}, {"FLEXLB_LOOKAHEAD_MAX_S": "2"})
+    assert message == "lookahead_min_s: expected at most lookahead_max_s (2), seen 3"
+
+
+def test_slip_in_a_variable_s_name_is_warned_of() -> None:
+    environ = {"FLEXLB_REDISS": "redis://x/0", "FLEXLB_MAX_RUNNING": "1", "FLEXLB_POOL": "p"}
+    warnings = read_effective(DispatcherSettings, {}, environ).warnings
+    assert warnings == ("FLEXLB_REDISS: no dispatcher setting has this name; did you mean FLEXLB_REDIS?",)
+
+
+def test_common_keys_are_those_that_every_process_has() -> None:
+    assert set.intersection(*(set(kind.model_fields) for kind in KINDS)) == EVERYWHERE
+    assert tuple(table_of(kind) for kind in KINDS) == TABLES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_is_described_and_every_number_bounded(kind: type[BaseSettings]) -> None:
+    for name, field in kind.model_fields.items():
+        assert field.description, name
+        if field.annotation in (int, float):
+            assert " from " in expected_of(field) or " at least " in expected_of(field), name
+        for ending, unit in (("_s", "seconds"), ("_bytes", "bytes"), ("_tokens", "tokens")):
+            assert not name.endswith(ending) or unit in field.description, name
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("redis://user:secret@host:1/0", "redis://user:***@host:1/0"),
+        ("rediss://:se@cret@host", "rediss://:***@host"),
+        ("unix:///run/r.sock?db=0&password=secret&x=1", "unix:///run/r.sock?db=0&password=***&x=1"),
+        ("redis://host:1/0", "redis://host:1/0"),
+        ("a:9092,b:9092", "a:9092,b:9092"),
+    ],
+)
+def test_passwords_are_masked(value: str, shown: str) -> None:
+    assert masked(value) == shown
+
+
+@pytest.mark.parametrize("form", ["text", "verbose", "json"])
+def test_printed_settings_hold_sources_and_no_secret(form: str) -> None:
+    effective = read_effective(DispatcherSettings, {"pool": "p"}, {"FLEXLB_REDIS": "redis://:hush@h/0"})
+    text = print_effective(effective, form)
+    assert "hush" not in text
+    assert "redis://:***@h/0" in text
+    for word in ("FLEXLB_REDIS", "--pool", DEFAULT, "leader_ttl_s"):
+        assert word in text
+
+
+def test_printed_settings_are_a_file_of_their_own(file: Path) -> None:
+    effective = read_effective(DispatcherSettings, {"pool": "p", "election": "false"}, {})
+    file.write_text(print_effective(effective, "verbose"))
+    again = read_effective(DispatcherSettings, {"config_file": str(file)}, {})
+    assert again.settings == effective.settings
+    assert len(rows_of(again)) == len(DispatcherSettings.model_fields)

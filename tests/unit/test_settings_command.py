@@ -1,0 +1,62 @@
+"""`flexlb config` as people run it: both processes, sources, and what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dispatcher.settings import DispatcherSettings
+
+
+async def config(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Run `flexlb config` without the test's own FLEXLB variables: exit code, stdout, stderr."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLEXLB_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "dispatcher", "config", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**inherited, **environment},
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_config_of_all_tells_both_processes_and_each_source(tmp_path: Path) -> None:
+    file = tmp_path / "flexlb.toml"
+    file.write_text('pool = "p"\n[agent]\nmax_running = 7\n')
+    code, out, err = await config("--json", "--config", str(file), FLEXLB_REDIS="redis://:hush@h/0")
+    assert (code, err) == (0, "")
+    assert "hush" not in out
+    found = {
+        table: {row["setting"]: (row["value"], row["source"]) for row in told["settings"]}
+        for table, told in json.loads(out).items()
+    }
+    assert set(found) == {"dispatcher", "agent"}
+    for table in found.values():
+        assert table["pool"] == ("p", f"{file}: pool")
+        assert table["redis"] == ("redis://:***@h/0", "FLEXLB_REDIS")
+    assert found["agent"]["max_running"] == (7, f"{file}: agent.max_running")
+    assert found["dispatcher"]["seed"] == (0, "default")
+    assert set(found["dispatcher"]) == set(DispatcherSettings.model_fields)
+
+
+async def test_verbose_config_tells_what_a_setting_is_and_may_be() -> None:
+    code, out, _ = await config("dispatcher", "-v")
+    assert code == 0
+    assert "[agent]" not in out
+    assert "leader lock TTL, seconds; a number from 0.2 to 60" in out
+
+
+@pytest.mark.parametrize(
+    ("process", "variable"), [("dispatcher", "FLEXLB_SPAN_LIMIT"), ("agent", "FLEXLB_MAX_RUNNING")]
+)
+async def test_wrong_value_is_told_by_the_process_it_belongs_to(process: str, variable: str) -> None:
+    code, _, err = await config("all", **{variable: "0"})
+    assert code == 2
+    assert f"flexlb {'config' if process == 'dispatcher' else process}: {variable}: expected " in err
+    assert "Traceback" not in err
