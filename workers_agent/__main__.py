@@ -13,13 +13,14 @@ from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
-from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.backends.effective_settings import FORMS, print_effective
+from dispatcher.backends.environment import add_flags, read_effective, read_settings
 from dispatcher.errors import FlexLBError, SettingsError
 from dispatcher.telemetry.logging import Log, configure_logging
 from dispatcher.telemetry.metrics import serve_metrics
 from workers_agent.app import Agent
 from workers_agent.engines.engine import EngineFailure
-from workers_agent.engines.openai_http import OpenAIEngine
+from workers_agent.engines.openai_http import EngineDescription, OpenAIEngine
 from workers_agent.settings import AgentSettings
 
 MODELS_PAUSE_S = 1.0
@@ -31,8 +32,13 @@ def main() -> int:
         prog="flexlb agent", description="Run the agent beside an OpenAI-compatible engine."
     )
     add_flags(parser, AgentSettings)
+    parser.add_argument("--print-config", choices=FORMS, help="print the effective settings and end")
+    options = parser.parse_args()
     try:
-        settings = read_settings(AgentSettings, vars(parser.parse_args()))
+        if options.print_config:
+            print(print_effective(read_effective(AgentSettings, vars(options)), options.print_config))
+            return 0
+        settings = read_settings(AgentSettings, vars(options))
         return asyncio.run(_run(settings))
     except FlexLBError as error:
         print(f"flexlb agent: {error}", file=sys.stderr)
@@ -105,13 +111,38 @@ async def _with_models(
     while not settings.models and not stop.is_set():
         try:
             models = await engine.models()
-            return settings.model_copy(update={"models": ",".join(models)})
+            settings = settings.model_copy(update={"models": ",".join(models)})
         except EngineFailure as error:
             if not told:
                 log.warning("engine does not tell its models, trying again", error=str(error))
                 told = True
             await asyncio.sleep(MODELS_PAUSE_S)
-    return settings
+    return _described(settings, await engine.describe(), log)
+
+
+def _described(settings: AgentSettings, found: EngineDescription, log: Log) -> AgentSettings:
+    """Settings completed by what the engine tells of itself.
+
+    Raises:
+        SettingsError: the routing block is no multiple of the engine's block.
+    """
+    block = settings.engine_block_size or found.block_size
+    if settings.kv_events_endpoint and block and settings.block_size % block:
+        raise SettingsError(
+            f"--block-size: expected a multiple of the engine's KV block of {block} tokens, seen "
+            f"{settings.block_size}; the pool's routing block must suit every engine in it"
+        )
+    longest = settings.max_model_len
+    if found.max_model_len and "max_model_len" not in settings.model_fields_set:
+        longest = found.max_model_len
+    told = {
+        "engine_block_size": block,
+        "engine_version": settings.engine_version or found.version,
+        "kv_total_tokens": settings.kv_total_tokens or found.kv_total_tokens,
+        "max_model_len": longest,
+    }
+    log.info("engine found", **told)
+    return settings.model_copy(update=told)
 
 
 if __name__ == "__main__":

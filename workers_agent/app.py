@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -23,12 +24,17 @@ from dispatcher.protocol.node import NodeIdentity
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause
 from dispatcher.tasks import end_tasks
 from dispatcher.telemetry.logging import Log
+from workers_agent.cache_view import CacheView
 from workers_agent.engines.engine import Engine
+from workers_agent.engines.gpu import GpuWatch
+from workers_agent.engines.kv_events import KVEventSource
 from workers_agent.metrics import AgentMetrics
+from workers_agent.services.cache_events import CacheEvents
 from workers_agent.services.control import Control
+from workers_agent.services.engine_watch import EngineWatch
 from workers_agent.services.execute import Executor, failed_ending
 from workers_agent.services.finish import Finish
-from workers_agent.services.heartbeat import EngineWatch, Heartbeat
+from workers_agent.services.heartbeat import Heartbeat
 from workers_agent.services.pull import Pull
 from workers_agent.services.registration import Registration
 from workers_agent.services.reply_stream import Pacer
@@ -37,6 +43,7 @@ from workers_agent.state import AgentState
 
 CONNECT_PAUSE_S = 1.0
 RELEASE_S = 5.0
+EVENT_COUNTS = ("batches", "gaps", "replayed", "lost", "restarts", "unreadable")
 
 
 class Agent:
@@ -74,6 +81,10 @@ class Agent:
         self._bell_store = self._node_store(blocking)
         self._replies = ReplyLog(kafka, self._names)
         self._bodies = BodyLog(kafka)
+        self._gpus = GpuWatch(settings.gpus)
+        self._view_moved = asyncio.Event()
+        self._view: CacheView | None = None
+        self._events: KVEventSource | None = None
         self.state: AgentState | None = None
 
     def _node_store(self, runner: ScriptRunner) -> NodeStore:
@@ -163,16 +174,23 @@ class Agent:
                 interval_s=settings.report_interval_s,
                 min_interval_s=settings.min_report_interval_s,
             )
-            services = [
-                group.create_task(service.run(), name=type(service).__name__)
-                for service in (
-                    heartbeat,
-                    EngineWatch(state, self._engine),
-                    Control(state, self._bell_store),
-                    Finish(state, self._store, registration),
-                    pacer,
-                )
+            watch = EngineWatch(
+                state,
+                self._engine,
+                self._gpus,
+                interval_s=settings.engine_metrics_interval_s,
+                died=self._engine_died,
+            )
+            running: list[Any] = [
+                heartbeat,
+                watch,
+                Control(state, self._bell_store),
+                Finish(state, self._store, registration),
+                pacer,
             ]
+            if settings.kv_events_endpoint:
+                running += self._cache_services(state, registration)
+            services = [group.create_task(service.run(), name=type(service).__name__) for service in running]
             pull = group.create_task(
                 Pull(state, self._bell_store, registration, executor, group).run(), name="Pull"
             )
@@ -180,6 +198,31 @@ class Agent:
             await end_tasks([pull])
             await self._drain(state, heartbeat)
             await end_tasks(services)
+
+    def _cache_services(self, state: AgentState, registration: Registration) -> list[Any]:
+        """Following the engine's cache, and publishing it. The view outlives incarnations."""
+        settings = self._settings
+        if self._view is None:
+            model = state.identity.models[0] if state.identity.models else ""
+            self._view = CacheView(model, settings.block_size, most_blocks=settings.max_view_blocks)
+            self._events = KVEventSource(
+                settings.kv_events_endpoint,
+                replay=settings.kv_replay_endpoint,
+                topic=settings.kv_events_topic,
+                take=self._view.apply,
+                forget=lambda missing, view=self._view: view.reset(partial=missing),  # type: ignore[misc]
+                moved=self._view_moved.set,
+            )
+            for name in EVENT_COUNTS:
+                self.metrics.kv_events.labels(name).set_function(
+                    lambda name=name, counts=self._events.counts: getattr(counts, name)  # type: ignore[misc]
+                )
+        assert self._events is not None
+        return [self._events, CacheEvents(state, self._store, registration, self._view, self._view_moved)]
+
+    def _engine_died(self) -> None:
+        if self._events is not None:
+            self._events.restart()
 
     def _identity(self) -> NodeIdentity:
         settings = self._settings
@@ -192,6 +235,9 @@ class Agent:
             max_model_len=settings.max_model_len,
             kv_total_tokens=settings.kv_total_tokens,
             engine_url=settings.engine_url,
+            engine_block_size=settings.engine_block_size,
+            engine_version=settings.engine_version,
+            routing_block_size=settings.block_size if settings.kv_events_endpoint else 0,
         )
 
     async def _drain(self, state: AgentState, heartbeat: Heartbeat) -> None:

@@ -29,6 +29,34 @@ class AgentMetrics:
         )
         self.log_errors = Counter("flexlb_agent_log_errors", "Calls Kafka did not answer", registry=registry)
         self.chunks = Counter("flexlb_agent_chunks", "Reply chunks written", registry=registry)
+        self.view_blocks = Gauge(
+            "flexlb_agent_view_blocks", "Routing blocks in the cache view", registry=registry
+        )
+        self.view_partial = Gauge(
+            "flexlb_agent_view_partial",
+            "1 while the engine holds more than the view shows",
+            registry=registry,
+        )
+        self.block_events = Counter(
+            "flexlb_agent_block_events", "Changes of the cache view published", registry=registry
+        )
+        self.view_resyncs = Counter(
+            "flexlb_agent_view_resyncs", "Times the whole view was published anew", registry=registry
+        )
+        self.kv_events = Gauge(
+            "flexlb_agent_kv_events",
+            "What happened to the engine's event stream",
+            ["what"],
+            registry=registry,
+        )
+        self.unexplained_hits = Counter(
+            "flexlb_agent_unexplained_hit_tokens",
+            "Cached tokens reported by the engine beyond those predicted",
+            registry=registry,
+        )
+        self.probes = Counter(
+            "flexlb_agent_probes", "Probes of a suspect engine", ["result"], registry=registry
+        )
         self.first_token_s = Histogram(
             "flexlb_agent_first_token_seconds", "Claim to first token", registry=registry, buckets=SECONDS
         )

@@ -36,6 +36,31 @@ class AgentSettings(BaseSettings):
     max_running: int = Field(default=32, ge=1, le=4096, description="requests run at once")
     max_model_len: int = Field(default=131_072, ge=1, description="longest prompt and answer, tokens")
     kv_total_tokens: int = Field(default=0, ge=0, description="KV cache, tokens; 0 when unknown")
+    block_size: int = Field(
+        default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
+    )
+    engine_block_size: int = Field(
+        default=0, ge=0, le=4096, description="the engine's KV block, tokens; asked of the engine when 0"
+    )
+    engine_version: str = Field(
+        default="", max_length=80, description="the engine's version; asked of the engine when absent"
+    )
+    kv_events_endpoint: str = Field(
+        default="",
+        description="the engine's KV events on ZeroMQ: tcp://host:port connects, tcp://*:port binds; "
+        "none when absent",
+    )
+    kv_replay_endpoint: str = Field(default="", description="where the engine replays KV events")
+    kv_events_topic: str = Field(default="", description="topic of the KV events; all when absent")
+    max_view_blocks: int = Field(
+        default=2_000_000, ge=1000, description="engine blocks kept of the cache view; beyond, it is partial"
+    )
+    engine_metrics_interval_s: float = Field(
+        default=1.0, ge=0.1, le=60, description="time between two looks at the engine's /metrics, seconds"
+    )
+    gpus: str = Field(
+        default="", description="GPU numbers of the engine, comma separated; CUDA_VISIBLE_DEVICES when absent"
+    )
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="port of /metrics and /health, 0 for any"
     )

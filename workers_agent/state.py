@@ -14,6 +14,8 @@ from dispatcher.backends.node_store import Claimed, Ending
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.telemetry.logging import Log
+from workers_agent.engines.engine_load import EngineLoad
+from workers_agent.engines.gpu import GpuLoad
 from workers_agent.metrics import AgentMetrics
 
 
@@ -23,6 +25,7 @@ class Held:
 
     claimed: Claimed
     envelope: Envelope
+    has_token: bool = False
     task: asyncio.Task[None] | None = None
     ending: Ending | None = None
 
@@ -31,10 +34,21 @@ class Held:
         """The tokens it was counted with."""
         return self.envelope.cost_tokens
 
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens it has yet to compute before its first token, by the leader's prediction."""
+        if self.has_token or self.ending is not None:
+            return 0
+        return max(1, self.envelope.prompt_tokens - self.claimed.hit_tokens)
+
 
 @dataclass(kw_only=True)
 class AgentState:
-    """The ledger of one incarnation."""
+    """The ledger of one incarnation.
+
+    `is_suspect` is set when a stream stalled: the engine gets no work before a probe has succeeded.
+    `progress_s` is when any stream last brought something.
+    """
 
     identity: NodeIdentity
     clock: Clock
@@ -48,6 +62,13 @@ class AgentState:
     draining: bool = False
     left: bool = False
     engine_ok: bool = True
+    is_suspect: bool = False
+    load: EngineLoad = field(default_factory=EngineLoad)
+    gpu: GpuLoad = field(default_factory=GpuLoad)
+    progress_s: float = 0.0
+    cache_sequence: int = 0
+    cache_blocks: int = 0
+    cache_partial: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,6 +90,13 @@ class AgentState:
         self.seen_seq = max(self.seen_seq, claimed.seq)
         self._note()
         return held
+
+    def note_token(self, job: str) -> None:
+        """Note an attempt's first token: its prompt is computed."""
+        held = self.held.get(job)
+        if held is not None and not held.has_token:
+            held.has_token = True
+            self.changed.set()
 
     def end(self, job: str, ending: Ending) -> None:
         """Note how an attempt ended, if it is still ours; `finish` makes it known."""

@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlocksStored:
-    """Consecutive blocks of one sequence that became full; `parent` is the block before, None at the start."""
+    """Consecutive blocks of a sequence that became full; `parent` is the block before, None at the start."""
 
     hashes: tuple[int, ...]
     parent: int | None

@@ -24,6 +24,7 @@ from tests.support.pool import CLOCK, MODEL, Pool, request
 from tests.support.wait import wait_until
 from workers_agent.app import Agent
 from workers_agent.engines.engine import Engine, Piece
+from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.engines.openai_http import OpenAIEngine
 from workers_agent.settings import AgentSettings
 
@@ -54,6 +55,14 @@ class HeldEngine:
         finally:
             if not finished:
                 self.aborted.append(work.id)
+
+    async def load(self) -> EngineLoad | None:
+        """It tells nothing of itself."""
+        return EngineLoad()
+
+    async def probe(self, model: str) -> bool:
+        """A token always comes through."""
+        return True
 
     async def is_alive(self) -> bool:
         """Whether it answers."""

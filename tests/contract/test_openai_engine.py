@@ -24,7 +24,8 @@ from tests.support.bad_engines import Behaviour, bad_engine
 from tests.support.wait import wait_until
 from workers_agent.engines.engine import Engine, EngineFailure, Piece
 from workers_agent.engines.openai_http import OpenAIEngine, streaming_body
-from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
+from workers_agent.simulator.faults import Faults
+from workers_agent.simulator.server import Simulator, SimulatorSettings
 from workers_agent.simulator.wire import Message, render_chat
 
 PROMPT = {"model": "sim", "prompt": "Once upon a time", "max_tokens": 6}

@@ -38,7 +38,8 @@ from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.protocol.request import Endpoint
 from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
-from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
+from workers_agent.simulator.faults import Faults
+from workers_agent.simulator.server import Simulator, SimulatorSettings
 
 NODE = "gpu-17"
 MODEL = "sim"

@@ -18,7 +18,8 @@ import zmq.asyncio
 from dispatcher.simulation.profiles import PROFILES
 from dispatcher.simulation.tokens import Answer, tokenise
 from tests.support.wait import wait_until
-from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
+from workers_agent.simulator.faults import Faults
+from workers_agent.simulator.server import Simulator, SimulatorSettings
 from workers_agent.simulator.wire import Message, render_chat
 
 MESSAGES = [{"role": "user", "content": "tell me something long enough for a few blocks of the cache"}]
@@ -224,7 +225,7 @@ async def test_a_crash_on_purpose_is_a_crash() -> None:
 
 
 async def test_a_slow_request_is_late_by_modelled_time() -> None:
-    faults = Faults(slow_rate=1.0, slow_s=0.05)
+    faults = Faults(slow_rate=1.0, slow_factor=8.0)
     async with simulator(time_scale=0.1, faults=faults) as (_, url), sdk(url) as client:
         loop = asyncio.get_running_loop()
         began = loop.time()

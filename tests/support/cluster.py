@@ -28,6 +28,7 @@ from tests.support.sim.loop import current, run
 from tests.support.sim.network import CALM, ROUGH, Network, Process
 from workers_agent.app import Agent
 from workers_agent.engines.engine import EngineFailure, Piece
+from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.settings import AgentSettings
 
 POOL = "sim"
@@ -82,6 +83,14 @@ class ScriptedEngine:
 
     async def is_alive(self) -> bool:
         """Whether it answers."""
+        return True
+
+    async def load(self) -> EngineLoad | None:
+        """It tells nothing of itself."""
+        return EngineLoad()
+
+    async def probe(self, model: str) -> bool:
+        """Whether a token comes through."""
         return True
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from dispatcher.errors import FlexLBError
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
+from workers_agent.engines.engine_load import EngineLoad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,14 @@ class Engine(Protocol):
 
     async def is_alive(self) -> bool:
         """Whether the engine answers at all."""
+        ...
+
+    async def load(self) -> EngineLoad | None:
+        """What the engine says of its load; None when it does not answer."""
+        ...
+
+    async def probe(self, model: str) -> bool:
+        """Whether one token of a small request comes through."""
         ...
 
     async def close(self) -> None:

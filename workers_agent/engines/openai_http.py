@@ -12,7 +12,7 @@ import asyncio
 import io
 import re
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -25,9 +25,11 @@ from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
 from dispatcher.protocol.request import Count, Endpoint
 from workers_agent.engines.engine import EngineFailure, Piece
+from workers_agent.engines.engine_load import EngineLoad, parse_load
 from workers_agent.engines.sse import EventParser
 
 ALIVE_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 10.0
 AFTER_FINISH_S = 5.0
 """How long the usage is waited for once each choice has finished."""
 AFTER_DONE_S = 0.25
@@ -77,6 +79,21 @@ class _Event(Struct):
 
 class _Model(Struct):
     id: str
+    max_model_len: int | None = None
+
+
+class _Version(Struct):
+    version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineDescription:
+    """What an engine tells of itself; 0 or '' where it does not."""
+
+    version: str = ""
+    max_model_len: int = 0
+    block_size: int = 0
+    kv_total_tokens: int = 0
 
 
 class _Models(Struct):
@@ -85,6 +102,7 @@ class _Models(Struct):
 
 _event = msgspec.json.Decoder(_Event)
 _models = msgspec.json.Decoder(_Models)
+_version = msgspec.json.Decoder(_Version)
 _body = msgspec.json.Decoder(dict[str, Raw])
 _content = msgspec.json.Decoder(str | None)
 _count = msgspec.json.Decoder(int | None)
@@ -402,6 +420,55 @@ class OpenAIEngine:
             raise EngineFailure(
                 FailureCause.PROTOCOL, f"{where}: expected a list of models ({error})"
             ) from None
+
+    async def load(self) -> EngineLoad | None:
+        """Read the engine's `/metrics`; None when nothing answers, an empty load when it has no such page."""
+        try:
+            async with self._connections().get(
+                self._base_url + "/metrics", timeout=_whole_call()
+            ) as response:
+                body = await response.read()
+                return parse_load(body) if response.status == 200 else EngineLoad()
+        except (aiohttp.ClientError, OSError):
+            return None
+
+    async def describe(self) -> EngineDescription:
+        """What the engine tells of itself, as far as it does."""
+        found = EngineDescription()
+        try:
+            async with self._connections().get(
+                self._base_url + "/v1/models", timeout=_whole_call()
+            ) as response:
+                models = _models.decode((await response.read()).decode()).data
+                longest = min((model.max_model_len for model in models if model.max_model_len), default=0)
+                found = replace(found, max_model_len=longest)
+            async with self._connections().get(
+                self._base_url + "/version", timeout=_whole_call()
+            ) as response:
+                if response.status == 200:
+                    version = _version.decode((await response.read()).decode()).version
+                    found = replace(found, version=version[:80])
+        except (aiohttp.ClientError, OSError, *_UNREADABLE):
+            pass
+        load = await self.load()
+        if load is not None:
+            found = replace(found, block_size=load.block_size, kv_total_tokens=load.kv_total_tokens)
+        return found
+
+    async def probe(self, model: str) -> bool:
+        """Ask for one token of a small request."""
+        body = {"model": model, "prompt": "ping", "max_tokens": 1}
+        try:
+            async with self._connections().post(
+                self._base_url + Endpoint.COMPLETIONS,
+                json=body,
+                timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S),
+            ) as response:
+                await response.read()
+                # Whatever it thinks of the request, something behind the HTTP server has answered.
+                return response.status < 500 and response.status not in _OVERLOADED
+        except (aiohttp.ClientError, OSError):
+            return False
 
     async def close(self) -> None:
         """Release connections; what still streams ends as broken off."""

@@ -35,6 +35,7 @@ from workers_agent.services.reply_stream import Pacer, ReplyStream
 from workers_agent.state import AgentState
 
 BODY_PAUSE_S = 0.5
+SAME_STEP_S = 0.001
 
 
 def failed_ending(job: str, ref: str, id: str, failed: FailedAttempt, kind: str = "failed") -> Ending:
@@ -49,6 +50,7 @@ class Answer:
         self.usage: Usage | None = None
         self.tokens = 0
         self.first_token_ms = 0
+        self.prefill_us = 0
         self._texts: dict[int, list[str]] = {}
         self._deltas: dict[int, list[msgspec.Raw]] = {}
         self._reasons: dict[int, str] = {}
@@ -89,6 +91,27 @@ class Answer:
         )
 
 
+class Prefills:
+    """How long each prefill took, as far as that can be told from when first tokens came.
+
+    An engine computes prompts in turn: one began when it was submitted or when the one before gave its
+    first token, whichever was later. Of those whose first tokens came from one step nothing can be told.
+    """
+
+    def __init__(self) -> None:
+        self._last_s = float("-inf")
+        self._last: Answer | None = None
+
+    def first_token(self, answer: Answer, submitted_s: float, now_s: float) -> None:
+        """Note an answer's first token."""
+        if now_s - self._last_s < SAME_STEP_S:
+            if self._last is not None:
+                self._last.prefill_us = 0
+        else:
+            answer.prefill_us = round((now_s - max(submitted_s, self._last_s)) * 1e6)
+        self._last_s, self._last = now_s, answer
+
+
 class Executor:
     """Runs the attempts of one incarnation."""
 
@@ -100,18 +123,27 @@ class Executor:
         self._replies = replies
         self._bodies = bodies
         self._pacer = pacer
+        self._prefills = Prefills()
 
     async def run(self, job: str, attempt: Attempt, work: Work) -> None:
         """Run one attempt to its ending."""
         state = self._state
         began = state.clock.monotonic()
-        ending, reason = await self.attempt(job, attempt, work)
+        held = state.held.get(job)
+        hit_tokens = held.claimed.hit_tokens if held is not None else 0
+        ending, reason = await self.attempt(job, attempt, work, hit_tokens=hit_tokens)
         state.metrics.endings.labels(ending.kind, reason).inc()
         state.metrics.attempt_s.observe(state.clock.monotonic() - began)
         state.end(job, ending)
 
-    async def attempt(self, job: str, attempt: Attempt, work: Work) -> tuple[Ending, str]:
-        """Run one attempt; how it ended, and the reason or cause for metrics."""
+    async def attempt(
+        self, job: str, attempt: Attempt, work: Work, *, hit_tokens: int = 0
+    ) -> tuple[Ending, str]:
+        """Run one attempt; how it ended, and the reason or cause for metrics.
+
+        Args:
+            hit_tokens: what the leader expected of the engine's cache.
+        """
         state = self._state
         claimed_ms = state.clock.now_ms()
         answer = Answer()
@@ -119,11 +151,13 @@ class Executor:
         kind, reason, message = OutcomeKind.COMPLETED, Reason.FINISHED, ""
         try:
             async with asyncio.timeout(self._seconds_left(work)):
-                await self._generate(work, answer, stream)
+                await self._generate(job, work, answer, stream)
         except TimeoutError:
             kind, reason = OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED
             message = f"deadline passed after {answer.tokens} tokens"
         except EngineFailure as failure:
+            if failure.cause is FailureCause.STALLED:
+                state.is_suspect = True
             return self._failed(job, attempt, work, failure.cause, str(failure), failure.http_status)
         except LogRefused as error:
             return self._failed(job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error))
@@ -150,8 +184,12 @@ class Executor:
                 claimed=claimed_ms,
                 first_token=answer.first_token_ms,
                 ended=state.clock.now_ms(),
+                prefill_us=answer.prefill_us,
             ),
+            predicted_cached_tokens=hit_tokens,
         )
+        cached = outcome.usage.cached_tokens
+        state.metrics.unexplained_hits.inc(max(0, cached - hit_tokens))
         if answer.first_token_ms:
             state.metrics.first_token_s.observe((answer.first_token_ms - claimed_ms) / 1000)
         payload = codec.encode(outcome)
@@ -162,12 +200,16 @@ class Executor:
             return None
         return (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
 
-    async def _generate(self, work: Work, answer: Answer, stream: ReplyStream) -> None:
+    async def _generate(self, job: str, work: Work, answer: Answer, stream: ReplyStream) -> None:
         body = await self._body(work)
         await stream.begin()
         clock = self._state.clock
+        submitted_s = clock.monotonic()
         async with contextlib.aclosing(self._engine.stream(work, body)) as pieces:
             async for piece in pieces:
+                if not answer.first_token_ms and piece.choices:
+                    self._prefills.first_token(answer, submitted_s, clock.monotonic())
+                    self._state.note_token(job)
                 answer.add(piece, clock.now_ms())
                 await stream.add(piece)
         await stream.end(answer.finish_reason)

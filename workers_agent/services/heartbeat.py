@@ -10,11 +10,8 @@ import asyncio
 
 from dispatcher.backends.node_store import NodeStore
 from dispatcher.protocol.node import NodeReport
-from workers_agent.engines.engine import Engine
 from workers_agent.services.registration import Registration
 from workers_agent.state import AgentState
-
-ENGINE_CHECK_S = 2.0
 
 
 class Heartbeat:
@@ -70,8 +67,18 @@ class Heartbeat:
             incarnation=state.identity.incarnation,
             sequence=self._sequence,
             running=len(running),
+            waiting=sum(not held.has_token for held in running),
             held_tokens=sum(held.tokens for held in running),
-            kv_total_tokens=state.identity.kv_total_tokens,
+            queued_uncached_tokens=sum(held.queued_tokens for held in running),
+            kv_used_tokens=state.load.kv_used_tokens,
+            kv_total_tokens=state.load.kv_total_tokens or state.identity.kv_total_tokens,
+            engine_running=state.load.running,
+            engine_waiting=state.load.waiting,
+            gpu_utilisation=state.gpu.utilisation,
+            gpu_memory_used=state.gpu.memory_used,
+            cache_sequence=state.cache_sequence,
+            cache_blocks=state.cache_blocks,
+            cache_partial=state.cache_partial,
             seen_seq=state.seen_seq,
             draining=state.draining,
             engine_ok=state.engine_ok,
@@ -93,23 +100,3 @@ class Heartbeat:
                     state.metrics.lost.inc()
                     state.log.warning("attempt was taken away, aborting it", job=job)
                     state.drop(job)
-
-
-class EngineWatch:
-    """Tells whether the engine answers, so that a node without one gets no work."""
-
-    def __init__(self, state: AgentState, engine: Engine) -> None:
-        self._state = state
-        self._engine = engine
-
-    async def run(self) -> None:
-        """Ask every two seconds until cancelled."""
-        state = self._state
-        while True:
-            alive = await self._engine.is_alive()
-            if alive != state.engine_ok:
-                state.engine_ok = alive
-                state.log.warning("engine answers again" if alive else "engine does not answer")
-                state.changed.set()
-            state.metrics.engine_ok.set(alive)
-            await asyncio.sleep(ENGINE_CHECK_S)

@@ -15,7 +15,29 @@ from typing import Any
 
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
-from workers_agent.simulator.server import Faults, Simulator, SimulatorSettings
+from workers_agent.simulator.faults import Faults
+from workers_agent.simulator.server import Simulator, SimulatorSettings
+
+DESCRIPTION = """\
+A simulated OpenAI-compatible engine: real HTTP and KV events, modelled time, deterministic answers.
+
+It shows itself as vLLM does: /v1/completions, /v1/chat/completions (streamed or whole), /v1/models,
+/tokenize, /health, /version, /metrics, /reset_prefix_cache. Closing a connection aborts its request.
+Once it answers it prints one line of JSON: url, model, profile, and kv_events and kv_replay if it has them.
+"""
+EPILOG = """\
+Faults can be changed while it runs; what is not named goes back to its default:
+
+  curl URL/sim/faults -d '{"fail_rate": 0.1, "stall_rate": 0.05, "crash_rate": 0, "crash_after": 100,
+                           "slow_rate": 0.2, "slow_factor": 4, "step_factor": 1}'
+
+"step_factor" makes every step of the engine take so many times as long, as a throttled GPU does.
+
+Examples:
+  flexlb engine-sim --profile h100-llama-8b --port 8001 --kv-events-endpoint 'tcp://*:5557' \\
+      --kv-replay-endpoint 'tcp://*:5558'
+  flexlb engine-sim --time-scale 0.1 --fail-rate 0.05 --seed 7       ten times as fast, 1 in 20 fails
+"""
 
 
 def _number(text: str) -> float:
@@ -39,6 +61,20 @@ def _share(text: str) -> float:
     return value
 
 
+def _factor(text: str) -> float:
+    value = _number(text)
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected a factor from 1 to 10000, seen {text}")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, seen {text}")
+    return value
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -57,10 +93,9 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="flexlb engine-sim",
-        description="A simulated OpenAI-compatible engine: real HTTP and KV events, modelled time, "
-        "deterministic answers. It shows itself as vLLM does.",
-        epilog="POST /sim/faults changes the fault shares of a running engine, e.g. "
-        '{"fail_rate": 0.1, "stall_rate": 0, "crash_rate": 0, "slow_rate": 0.2, "slow_s": 1}.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=DESCRIPTION,
+        epilog=EPILOG,
     )
     serving = parser.add_argument_group("serving").add_argument
     serving("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
@@ -89,13 +124,26 @@ def parser() -> argparse.ArgumentParser:
     events("--kv-replay-endpoint", default="", metavar="ADDRESS", help="where missed events are replayed")
     events("--kv-events-topic", default="", metavar="TEXT", help="topic of the events")
     events("--kv-events-encoding", choices=("map", "array"), default="map", help="of newer or older vLLM")
-    events("--drop-kv-events", type=_share, default=0.0, help="share of batches lost on the way")
+    events(
+        "--drop-kv-events",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of batches lost on the way; they can still be replayed",
+    )
     faults = parser.add_argument_group("faults", "chosen by the seed").add_argument
     faults("--fail-rate", type=_share, default=0.0, help="share of requests that fail: 500, cut, error event")
     faults("--stall-rate", type=_share, default=0.0, help="share that falls silent half-way")
     faults("--crash-rate", type=_share, default=0.0, help="share that kills the process half-way")
+    faults(
+        "--crash-after",
+        type=_whole_number,
+        metavar="N",
+        help="answer N requests; the next kills the process half-way, as kill -9 does",
+    )
     faults("--slow-rate", type=_share, default=0.0, help="share whose tokens are late")
-    faults("--slow-s", type=_number, default=0.5, help="modelled seconds by which each of those is late")
+    faults("--slow-factor", type=_factor, default=4.0, help="their tokens take this many times as long (4)")
+    faults("--step-factor", type=_factor, default=1.0, help="every step takes this many times as long (1)")
     faults("--seed", type=int, default=0, help="chooses which (default 0)")
     return parser
 
@@ -159,8 +207,10 @@ def main() -> int:
             fail_rate=chosen.fail_rate,
             stall_rate=chosen.stall_rate,
             crash_rate=chosen.crash_rate,
+            crash_after=chosen.crash_after,
             slow_rate=chosen.slow_rate,
-            slow_s=chosen.slow_s,
+            slow_factor=chosen.slow_factor,
+            step_factor=chosen.step_factor,
         ),
         seed=chosen.seed,
         kv_events=chosen.kv_events_endpoint,
@@ -173,8 +223,7 @@ def main() -> int:
         asyncio.run(serve(settings, chosen.host, chosen.port))
     except OSError as error:
         print(
-            f"simulator: can't listen on {chosen.host}:{chosen.port} ({error.strerror or error}); "
-            "choose a free --port, or 0 to be given one",
+            f"simulator: can't listen on {error.strerror or error}; choose a free port, or 0 to be given one",
             file=sys.stderr,
         )
         return 2

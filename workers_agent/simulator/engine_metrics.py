@@ -11,28 +11,16 @@ from prometheus_client.registry import Collector
 from dispatcher.simulation.engine import EngineModel
 
 TTFT_BUCKETS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1),
+    *(2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
-ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920, 7680),
+)
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+"""All are shown from the start; answers here always end by length, and vLLM leaves aborts at 0 as well."""
 LABELS = ("model_name", "engine")
 
 
@@ -86,8 +74,9 @@ class EngineMetrics:
 
         self.ttft_s = histogram("vllm:time_to_first_token_seconds", "Time to first token", TTFT_BUCKETS)
         self.itl_s = histogram("vllm:inter_token_latency_seconds", "Time between tokens", ITL_BUCKETS)
-        self.e2e_s = histogram("vllm:e2e_request_latency_seconds", "Whole requests", E2E_BUCKETS)
+        self.e2e_s = histogram("vllm:e2e_request_latency_seconds", "Whole requests", REQUEST_BUCKETS)
+        self.queue_s = histogram("vllm:request_queue_time_seconds", "Time in the queue", REQUEST_BUCKETS)
         success = Counter(
             "vllm:request_success", "Finished requests", (*LABELS, "finished_reason"), registry=self.registry
         )
-        self.finished = success.labels(model, "0", "length")
+        self.finished = {reason: success.labels(model, "0", reason) for reason in FINISHED_REASONS}["length"]

@@ -3,13 +3,15 @@
 Three frames: topic, sequence (8 bytes, big endian, from 0), and a MessagePack batch `[time, events, rank]`.
 Events are maps with `type` (vLLM 0.33) or arrays that begin with it (older). A ROUTER socket replays what is
 still buffered: asked `[b"", first sequence]` it answers `[b"", topic, sequence, batch]` for each and ends
-with sequence -1. `tcp://*:PORT` and `ipc://` bind, `tcp://HOST:PORT` connects, as vLLM's settings do.
+with sequence -1. `tcp://*:PORT` and `ipc://` bind, `tcp://HOST:PORT` connects, as vLLM's settings do; the
+replay address is always bound.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -23,6 +25,7 @@ from dispatcher.simulation.kv_cache import BlocksRemoved, BlocksStored, CacheCle
 
 KEPT_BATCHES = 10_000
 """As many batches as vLLM keeps for replay (`buffer_steps`)."""
+_ANY_PORT = re.compile(r":0$")
 END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -57,14 +60,20 @@ class KVEventPublisher:
         self._socket = zmq.Socket(zmq.Context(self._context), zmq.PUB)
         self._socket.set_hwm(100_000)
         self._socket.linger = 0
-        self.endpoint = _open(self._socket, endpoint)
         self._replay: Any = None
         self.replay = ""
-        if replay:
-            self._replay = self._context.socket(zmq.ROUTER)
-            self._replay.linger = 0
-            self.replay = _open(self._replay, replay)
         self.dropped = 0
+        try:
+            self.endpoint = _open(self._socket, endpoint, binds=_binds(endpoint))
+            if replay:
+                self._replay = self._context.socket(zmq.ROUTER)
+                self._replay.linger = 0
+                # A ROUTER drops what is above its mark: a whole replay and its end must fit.
+                self._replay.sndhwm = KEPT_BATCHES + 1
+                self.replay = _open(self._replay, replay, binds=True)
+        except OSError:
+            self.close()
+            raise
 
     def publish(self, events: Iterable[CacheEvent]) -> None:
         """Publish one batch; never blocks."""
@@ -125,15 +134,19 @@ class KVEventPublisher:
         self._context.term()
 
 
-def _open(socket: Any, endpoint: str) -> str:
-    """Bind or connect, as vLLM tells them apart; returns the address that was bound or given.
+def _binds(endpoint: str) -> bool:
+    return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))
+
+
+def _open(socket: Any, endpoint: str, *, binds: bool) -> str:
+    """Bind or connect; returns the address at which this engine is reached, or the one it connects to.
 
     Raises:
         OSError: the address can't be used.
     """
     try:
-        if "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://")):
-            socket.bind(endpoint.replace("*:0", "*:*"))
+        if binds:
+            socket.bind(_ANY_PORT.sub(":*", endpoint))
             bound: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
             return bound.replace("0.0.0.0", "127.0.0.1")
         socket.connect(endpoint)

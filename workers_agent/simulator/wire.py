@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -56,6 +58,11 @@ class _Chat(_Body, kw_only=True):
     max_completion_tokens: PositiveInt | None = None
 
 
+class _Tokenise(Struct, kw_only=True):
+    prompt: str | None = None
+    messages: list[Message] | None = None
+
+
 class Refusal(Exception):
     """Answered with an OpenAI error object."""
 
@@ -71,6 +78,7 @@ class Ask:
 
     is_chat: bool
     id: str
+    created: int
     model: str
     prompts: tuple[array[int], ...]
     n: int
@@ -91,22 +99,30 @@ class Ask:
         """How many tokens they will have together."""
         return self.sequences * self.max_tokens
 
-    def frame(self, choices: list[dict[str, object]], usage: dict[str, object] | None) -> bytes:
-        """Write a chunk of a stream, or the whole answer when not streaming."""
+    @cached_property
+    def _head(self) -> bytes:
         kind = "chat.completion" + ".chunk" * self.stream if self.is_chat else "text_completion"
-        answer: dict[str, object] = {
+        head = {
             "id": ("chatcmpl-" if self.is_chat else "cmpl-") + self.id,
             "object": kind,
-            "created": int(time.time()),
+            "created": self.created,
             "model": self.model,
-            "choices": choices,
         }
-        if usage is not None:
-            answer["usage"] = usage
-        return msgspec.json.encode(answer)
+        return msgspec.json.encode(head)[:-1] + b',"choices":['
 
-    def choice(self, index: int, ids: list[int], *, is_first: bool, is_last: bool) -> dict[str, object]:
-        """Make one choice of a chunk, or of the whole answer when not streaming."""
+    def frame(
+        self, choices: Iterable[bytes], usage: dict[str, object] | None, *, is_first: bool = False
+    ) -> bytes:
+        """Write a chunk of a stream, or the whole answer when not streaming."""
+        frame = self._head + b",".join(choices) + b"]"
+        if is_first and self.is_chat and self.return_token_ids:
+            frame += b',"prompt_token_ids":' + msgspec.json.encode(self.prompts[0].tolist())
+        if usage is not None:
+            frame += b',"usage":' + msgspec.json.encode(usage)
+        return frame + b"}"
+
+    def choice(self, index: int, ids: list[int], *, is_first: bool, is_last: bool) -> bytes:
+        """Write one choice of a chunk, or of the whole answer when not streaming."""
         text = "".join(map(word, ids))
         choice: dict[str, object] = {"index": index, "finish_reason": "length" if is_last else None}
         if not self.is_chat:
@@ -116,7 +132,9 @@ class Ask:
             choice["delta" if self.stream else "message"] = {**role, "content": text}
         if self.return_token_ids:
             choice["token_ids"] = ids
-        return choice
+            if is_first and not self.is_chat:
+                choice["prompt_token_ids"] = self.prompts[index // self.n].tolist()
+        return msgspec.json.encode(choice)
 
 
 def render_chat(messages: list[Message]) -> str:
@@ -132,6 +150,7 @@ def render_chat(messages: list[Message]) -> str:
 DONE = b"data: [DONE]\n\n"
 _chat = msgspec.json.Decoder(_Chat)
 _completions = msgspec.json.Decoder(_Completions)
+_tokenise = msgspec.json.Decoder(_Tokenise)
 
 
 def event_of(data: bytes) -> bytes:
@@ -175,6 +194,7 @@ def read_ask(body: bytes, *, is_chat: bool, id: str) -> Ask:
     return Ask(
         is_chat=is_chat,
         id=id,
+        created=int(time.time()),
         model=read.model,
         prompts=prompts,
         n=read.n or 1,
@@ -185,6 +205,23 @@ def read_ask(body: bytes, *, is_chat: bool, id: str) -> Ask:
         return_token_ids=bool(read.return_token_ids),
         salt=read.cache_salt or "",
     )
+
+
+def read_tokenise(body: bytes) -> array[int]:
+    """The tokens that a body of `/tokenize` asks for: of a text, or of a chat's prompt.
+
+    Raises:
+        Refusal: 400, it asks for neither.
+    """
+    try:
+        read = _tokenise.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, "BadRequestError", f"body: {error}") from None
+    if read.messages:
+        return tokenise(render_chat(read.messages))
+    if read.prompt is None:
+        raise Refusal(400, "BadRequestError", 'body: expected a "prompt" or "messages", seen neither')
+    return tokenise(read.prompt)
 
 
 def _prompts_of(prompt: str | list[str | int | list[int]]) -> tuple[array[int], ...]:
