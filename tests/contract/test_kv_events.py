@@ -161,7 +161,7 @@ async def test_another_life_of_the_engine_starts_an_empty_view() -> None:
         assert first.kv is not None
         follower = Follower(first.kv.endpoint)
         async with following(follower):
-            # Other prompts each time: what is cached makes no event, and the first may come before the socket.
+            # Other prompts each time: what is cached makes no event, and the first may come too early.
             rng = random.Random(3)
             while not follower.source.counts.batches:
                 await ask(url, rng, 1)
