@@ -93,6 +93,7 @@ class Dispatcher:
             self.mirror,
             self._lead,
             self._close,
+            is_on=settings.election,
             ttl_s=settings.leader_ttl_s,
             new_id=new_id,
             clock=clock,
@@ -105,7 +106,11 @@ class Dispatcher:
         self.state: LeaderState | None = None
 
     async def run(self) -> None:
-        """Stand by and lead until cancelled."""
+        """Stand by and lead until cancelled.
+
+        Raises:
+            BaseExceptionGroup: of Superseded, when election is off and another dispatcher took over.
+        """
         try:
             await run_together(election=self.election.run(), registry=self.registry.run())
         finally:

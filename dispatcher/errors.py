@@ -7,6 +7,7 @@
     |   +-- StoreFull            Redis answered that it is at maxmemory
     +-- StoreRefused             Redis answered with an error that trying again won't mend
     +-- Deposed                  a newer leader exists: stop every act of leadership
+    +-- Superseded               election is off, and another dispatcher took over: end the process
     +-- GenerationLost           Redis lost data or went back in time: recover from Kafka
     +-- Fenced                   this incarnation of a node was fenced: abort and register anew
     +-- LogUnavailable           Kafka did not answer: try again
@@ -44,6 +45,10 @@ class StoreRefused(FlexLBError):
 
 class Deposed(FlexLBError):
     """A newer leader exists."""
+
+
+class Superseded(FlexLBError):
+    """Another dispatcher took over from this one, which runs without election."""
 
 
 class GenerationLost(FlexLBError):

@@ -57,7 +57,9 @@ class DispatcherSettings(BaseSettings):
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of /metrics and /health")
     election: bool = Field(
-        default=True, description="whether dispatchers elect a leader; without, run exactly one"
+        default=True,
+        description="whether a leader is elected; without, run one dispatcher: it leads at once, and ends "
+        "when another takes over",
     )
     leader_ttl_s: float = Field(default=3.0, ge=0.2, le=60, description="leader lock TTL, seconds")
     heartbeat_ttl_s: float = Field(

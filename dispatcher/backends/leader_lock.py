@@ -15,12 +15,28 @@ from dispatcher.errors import Deposed
 from dispatcher.protocol.names import Names
 
 
+def epoch_of(token: str) -> int:
+    """The number in a token, '<epoch>:<owner>'; 0 in one that another maker wrote."""
+    number = token.partition(":")[0]
+    return int(number) if number.isdecimal() else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """Somebody else leads; `renewals` stands still when that leader does."""
 
     token: str
     renewals: int
+
+    @property
+    def epoch(self) -> int:
+        """The number in the token."""
+        return epoch_of(self.token)
+
+    @property
+    def owner(self) -> str:
+        """Who holds the lock."""
+        return self.token.partition(":")[2]
 
 
 class Lease:
@@ -34,7 +50,7 @@ class Lease:
     @property
     def epoch(self) -> int:
         """The number in the token: the first half of every attempt made under it."""
-        return int(self.token.partition(":")[0])
+        return epoch_of(self.token)
 
     def check(self) -> None:
         """Raise Deposed when the lease may have run out; called before each act."""
@@ -55,7 +71,7 @@ class LeaderLock:
 
     async def acquire(self, owner: str, *, depose: str = "") -> Lease | Held:
         """Try once. `owner` is new for each lease and repeated for each try; `depose` names the token of
-        a leader that stood still for three TTLs.
+        a leader whose lease is not waited for: it stood still for three TTLs, or election is off.
 
         Raises:
             StoreUnavailable: Redis did not answer.

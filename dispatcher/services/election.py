@@ -3,6 +3,10 @@
 A session of leadership is one task group: when the lease is in doubt, a newer leader exists, Redis
 lost data or Kafka failed in an unclear way, all of it is cancelled, and the next leader, here or
 elsewhere, recovers from what Redis and Kafka hold.
+
+With election off a dispatcher waits for nobody's lease: it deposes whoever holds the lock when it starts,
+once. Whoever takes over from it later has the last word: it ends, so that two can't depose each other
+for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from dispatcher.errors import (
     LogUnavailable,
     StoreRefused,
     StoreUnavailable,
+    Superseded,
 )
 from dispatcher.services.watch import FleetMirror
 from dispatcher.tasks import end_tasks, run_together
@@ -41,6 +46,7 @@ class Election:
     Args:
         lead: runs one session; returns only by an exception.
         close: closes what a session left open, after the lease is given back.
+        is_on: whether another leader is waited for; without, it is deposed.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Election:
         lead: Callable[[Lease], Awaitable[None]],
         close: Callable[[], Awaitable[None]],
         *,
+        is_on: bool,
         ttl_s: float,
         new_id: Callable[[], str],
         clock: Clock,
@@ -58,21 +65,28 @@ class Election:
         log: Log,
     ) -> None:
         self._lock = lock
+        self._is_on = is_on
         self._mirror = mirror
         self._lead = lead
         self._close = close
         self._ttl_s = ttl_s
         self._poll_s = min(ttl_s / 5, LONGEST_POLL_S)
-        self._new_id = new_id
         self._clock = clock
         self._rng = rng
         self._metrics = metrics
         self._log = log
         self._backoff_s = FIRST_BACKOFF_S
+        self._process = new_id()
+        self._campaigns = 0
+        self._epoch = 0
         self.leading = False
 
     async def run(self) -> None:
-        """Stand by and lead until cancelled; gives the lease back when cancelled while leading."""
+        """Stand by and lead until cancelled; gives the lease back when cancelled while leading.
+
+        Raises:
+            Superseded: election is off, and another dispatcher took over.
+        """
         while True:
             lease = await self._stand_by()
             await self._session(lease)
@@ -85,21 +99,26 @@ class Election:
         return lease
 
     async def _campaign(self) -> Lease:
-        owner = self._new_id()
+        owner = self._new_owner()
         seen, seen_at = ("", 0), self._clock.monotonic()
         told = False
         while True:
             try:
                 now_s = self._clock.monotonic()
-                stands_still = seen[0] and now_s - seen_at > STANDSTILL_TTLS * self._ttl_s
-                answer = await self._lock.acquire(owner, depose=seen[0] if stands_still else "")
+                may_depose = not self._is_on or now_s - seen_at > STANDSTILL_TTLS * self._ttl_s
+                answer = await self._lock.acquire(owner, depose=seen[0] if may_depose else "")
                 if isinstance(answer, Lease):
+                    self._epoch = answer.epoch
                     answer.check()
                     return answer
-                seen, seen_at = self._observe(answer, seen, seen_at)
                 told = False
+                if not self._is_on and answer.token != seen[0]:
+                    self._check_may_depose(answer)
+                    seen = (answer.token, answer.renewals)
+                    continue
+                seen, seen_at = self._observe(answer, seen, seen_at)
             except Deposed:
-                owner = self._new_id()
+                owner = self._new_owner()
             except (StoreUnavailable, StoreRefused) as error:
                 self._metrics.store_errors.inc()
                 seen_at = self._clock.monotonic()
@@ -107,6 +126,21 @@ class Election:
                     self._log.error("redis does not answer, trying again", error=str(error))
                     told = True
             await asyncio.sleep(self._poll_s * self._rng.uniform(0.8, 1.2))
+
+    def _new_owner(self) -> str:
+        """An owner for one lease, known as this process's own: a late answer may hold the lock for it."""
+        self._campaigns += 1
+        return f"{self._process}.{self._campaigns}"
+
+    def _check_may_depose(self, held: Held) -> None:
+        """Raise Superseded when `held` took over from this process, rather than led before it."""
+        if not self._epoch or held.owner.startswith(f"{self._process}.") or held.epoch < self._epoch:
+            self._log.warning("deposing: election is off", leader=held.token)
+            return
+        raise Superseded(
+            f"election is off and expects one dispatcher, seen another that took over: {held.token}; run "
+            "only one, or set election to true (--election, FLEXLB_ELECTION) on all"
+        )
 
     def _observe(self, held: Held, seen: tuple[str, int], seen_at: float) -> tuple[tuple[str, int], float]:
         if (held.token, held.renewals) == seen:

@@ -2,7 +2,7 @@
 -- Take the leader lock and make a new epoch, or say who holds it.
 -- KEYS  1 leader  2 epoch  3 renewals
 -- ARGV  1 owner (unique per try, so that a repeated call finds its own lock)  2 ttl ms
---       3 token of a leader that stood still and may be deposed, or ''
+--       3 token of a leader whose lease is not waited for, or ''
 -- Returns {1, token} when acquired, {0, token of the holder, renewals} otherwise.
 -- The epoch is max(stored + 1, server ms): a plain counter collides after a failover to a replica
 -- that missed the last lock. Tokens are compared whole, '<epoch>:<owner>'.
