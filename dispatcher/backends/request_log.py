@@ -137,7 +137,7 @@ class RequestLog:
 
 def _traceparent(headers: object) -> str:
     for name, value in headers or ():  # type: ignore[attr-defined]
-        if name == "traceparent":
+        if name == "traceparent" and value is not None:
             return str(value.decode("ascii", "replace")[:64])
     return ""
 
