@@ -259,8 +259,19 @@ async def test_second_agent_of_a_node_waits_for_the_first(led: Pool) -> None:
     assert (first.started, second.started) == ([], ["r1"])
 
 
-async def test_body_whose_record_is_another_one_is_refused(led: Pool) -> None:
-    reference = {"topic": led.names.bodies, "partition": 0, "offset": 99, "bytes": 10, "sha256": "0" * 64}
+@pytest.mark.parametrize(
+    ("partition", "offset"),
+    [(0, 99), (0, 0), (77, 0)],
+    ids=["beyond the end", "at the end", "no such partition"],
+)
+async def test_body_that_is_not_there_is_refused(led: Pool, partition: int, offset: int) -> None:
+    reference = {
+        "topic": led.names.bodies,
+        "partition": partition,
+        "offset": offset,
+        "bytes": 10,
+        "sha256": "0" * 64,
+    }
     engine = HeldEngine()
     async with running_agent(led, engine):
         record = request("r1", body_ref=reference)
