@@ -10,22 +10,25 @@ import asyncio
 import json
 import sys
 
+from pydantic_settings import BaseSettings
+
 from dispatcher.backends.effective_settings import print_effective
 from dispatcher.backends.environment import add_file_flag, read_effective
+from dispatcher.errors import SettingsError
+from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.settings import DispatcherSettings
 
-AGENT = "workers_agent"
+OWN: dict[str, type[BaseSettings]] = {"dispatcher": DispatcherSettings, "frontend": FrontendSettings}
+AGENT = "agent"
+AGENT_MODULE = "workers_agent"
+ALL = "all"
 WRONG = 2
 
 
 def configure_config(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb config`."""
     parser.add_argument(
-        "process",
-        nargs="?",
-        choices=("dispatcher", "agent", "all"),
-        default="all",
-        help="whose settings (default all)",
+        "process", nargs="?", choices=(*OWN, AGENT, ALL), default=ALL, help=f"whose settings (default {ALL})"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
@@ -35,27 +38,37 @@ def configure_config(parser: argparse.ArgumentParser) -> None:
 
 
 async def run_config(options: argparse.Namespace) -> int:
-    """Print the settings asked for; returns 0, or 2 when some are wrong."""
+    """Print the settings asked for; returns 0, or 2 when some are wrong: those of the others are printed."""
     form = "json" if options.json else "verbose" if options.verbose else "text"
     named = getattr(options, "config_file", None)
     texts, code = [], 0
-    if options.process in {"dispatcher", "all"}:
-        effective = read_effective(DispatcherSettings, {"config_file": named} if named else {})
-        texts.append(print_effective(effective, form))
-    if options.process in {"agent", "all"}:
-        code, text = await _agent(form, named)
-        if text:
+    for process, kind in OWN.items():
+        if options.process in {process, ALL}:
+            try:
+                effective = read_effective(kind, {"config_file": named} if named else {})
+                texts.append(print_effective(effective, form))
+            except SettingsError as error:
+                print(f"flexlb {process}: {error}", file=sys.stderr)
+                code = WRONG
+    if options.process in {AGENT, ALL}:
+        is_right, text = await _agent(form, named)
+        if is_right:
             texts.append(text)
+        else:
+            code = WRONG
     if options.json:
         together = {table: found for text in texts for table, found in json.loads(text).items()}
         texts = [json.dumps(together, indent=2)]
-    print("\n\n".join(texts))
+    if texts:
+        print("\n\n".join(texts))
     return code
 
 
-async def _agent(form: str, named: str | None) -> tuple[int, str]:
+async def _agent(form: str, named: str | None) -> tuple[bool, str]:
     """What the agent's process prints of its settings; what is wrong with them goes to stderr."""
-    words = [sys.executable, "-m", AGENT, "--print-config", form, *(["--config", named] if named else [])]
-    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    words = [sys.executable, "-m", AGENT_MODULE, "--print-config", form]
+    process = await asyncio.create_subprocess_exec(
+        *words, *(["--config", named] if named else []), stdout=asyncio.subprocess.PIPE
+    )
     out, _ = await process.communicate()
-    return (WRONG if process.returncode else 0), out.decode().strip()
+    return process.returncode == 0, out.decode().strip()

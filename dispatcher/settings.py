@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dispatcher.backends.addresses import KafkaServers, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN
 
 
@@ -18,8 +19,8 @@ class DispatcherSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)
 
-    redis: str = Field(default="redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
-    kafka: str = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
+    redis: RedisUrl = Field(default="redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
+    kafka: KafkaServers = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers")
     pool: str = Field(
         default="default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served"
     )

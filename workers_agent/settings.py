@@ -1,4 +1,4 @@
-"""Settings of an agent, from the environment (`FLEXLB_*`) and flags; each with unit and bounds."""
+"""Settings of an agent, each with unit and bounds; `backends.environment` says where they come from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dispatcher.backends.addresses import HttpUrl, KafkaServers, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN, node_name_from_host
 from dispatcher.protocol.node import Role
 
@@ -19,8 +20,8 @@ class AgentSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)
 
-    redis: str = Field(default="redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
-    kafka: str = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
+    redis: RedisUrl = Field(default="redis://127.0.0.1:6379/0", description="Redis or Valkey URL")
+    kafka: KafkaServers = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers")
     pool: str = Field(default="default", pattern=NAME, max_length=64, description="pool served")
     node: str = Field(
         default_factory=lambda: node_name_from_host(socket.gethostname()),
@@ -28,7 +29,9 @@ class AgentSettings(BaseSettings):
         max_length=64,
         description="name of this node, unique in its pool; from the host name when absent",
     )
-    engine_url: str = Field(default="http://127.0.0.1:8000", description="address of the engine's OpenAI API")
+    engine_url: HttpUrl = Field(
+        default="http://127.0.0.1:8000", description="address of the engine's OpenAI API"
+    )
     models: str = Field(
         default="", description="models served, comma separated; asked of the engine when absent"
     )

@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_servers, is_redis_url, masked
 from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
 from dispatcher.errors import SettingsError
@@ -28,7 +29,14 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connections: int = 64) -> Redis:
-    """Make a client; it connects on first use and reconnects by itself."""
+    """Make a client; it connects on first use and reconnects by itself.
+
+    Raises:
+        SettingsError: `url` is none; never shows its password.
+    """
+    wrong = f"redis: expected {REDIS_URL.expected}, seen {masked(url)!r}"
+    if not is_redis_url(url):
+        raise SettingsError(wrong)
     try:
         pool = make_pool(
             url,
@@ -40,9 +48,7 @@ def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connectio
             retry_on_error=[],
         )
     except ValueError as error:
-        raise SettingsError(
-            f"redis: expected a URL like redis://host:6379/0, seen {url!r}: {error}"
-        ) from None
+        raise SettingsError(f"{wrong}: {error}") from None
     return redis.asyncio.Redis.from_pool(pool)
 
 
@@ -65,7 +71,13 @@ class KafkaClients:
 
 
 def connect_kafka(bootstrap: str) -> KafkaClients:
-    """aiokafka's own clients for `bootstrap` (`host:port[,host:port]`)."""
+    """aiokafka's own clients for `bootstrap` (`host:port[,host:port]`).
+
+    Raises:
+        SettingsError: `bootstrap` is no such list.
+    """
+    if not is_kafka_servers(bootstrap):
+        raise SettingsError(f"kafka: expected {KAFKA_SERVERS.expected}, seen {bootstrap!r}")
 
     def consumer(*topics: str, **options: Any) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(*topics, bootstrap_servers=bootstrap, enable_auto_commit=False, **options)

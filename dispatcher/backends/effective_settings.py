@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic_settings import BaseSettings
 
-from dispatcher.backends.environment import DEFAULT, Effective, expected_of, masked, table_of
+from dispatcher.backends.addresses import masked
+from dispatcher.backends.environment import DEFAULT, Effective, expected_of, table_of
 
 FORMS = ("text", "verbose", "json")
-SECRET_WORDS = ("password", "secret", "token_file", "api_key")
-"""A setting with one of these in its name is never shown."""
+SECRETS = ("password", "secret", "token", "api_key")
+"""A setting whose name ends like this is never shown; that of a file which holds one is."""
 
 
 def rows_of(effective: Effective[Any]) -> list[dict[str, object]]:
@@ -20,7 +21,7 @@ def rows_of(effective: Effective[Any]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if any(word in name for word in SECRET_WORDS):
+        if name.endswith(SECRETS):
             value = "***" if value else ""
         elif isinstance(value, str):
             value = masked(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
@@ -25,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
+from dispatcher.backends.addresses import masked
 from dispatcher.backends.legacy_environment import read_legacy
 from dispatcher.errors import SettingsError
 
@@ -32,9 +32,9 @@ S = TypeVar("S", bound=BaseSettings)
 
 PREFIX = "FLEXLB_"
 FILE_VARIABLE = "FLEXLB_CONFIG_FILE"
-TABLES = ("dispatcher", "agent")
+TABLES = ("dispatcher", "agent", "frontend")
 """Tables of the file, one for each kind of process."""
-EVERYWHERE = frozenset(
+SHARED = frozenset(
     {
         "redis",
         "kafka",
@@ -44,15 +44,16 @@ EVERYWHERE = frozenset(
         "metrics_host",
         "heartbeat_ttl_s",
         "claim_lease_s",
+        "default_deadline_s",
         "log_level",
     }
 )
-"""Settings that every process has: the file may hold them above its tables."""
+"""Settings that several processes have: the file may hold them above its tables, for all that do."""
+ALIKE = frozenset({"max_record_bytes", "max_body_bytes", "max_held_bytes"})
+"""Settings of one process that look like a slip of another's."""
 NEAR = 0.8
 """How like a setting an unknown variable must be to be taken for a slip."""
 DEFAULT = "default"
-
-_PASSWORD = re.compile(r"(?<=://)([^:/\s]*):([^/\s]*)@|(?<=[?&]password=)[^&\s]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,8 @@ def expected_of(field: FieldInfo) -> str:
         if low is not None and high is not None:
             return f"{number} from {low} to {high}"
         return number + (f" of at least {low}" if low is not None else "")
+    if form := _bound(field, "expected"):
+        return str(form)
     if choices := _choices(kind):
         return f"one of {', '.join(choices)}"
     pattern, longest = _bound(field, "pattern"), _bound(field, "max_length")
@@ -164,11 +167,6 @@ def expected_of(field: FieldInfo) -> str:
         + (f" of at most {longest} characters" if longest else "")
         + (f" that matches {pattern}" if pattern else "")
     )
-
-
-def masked(value: object) -> str:
-    """A value as it may be printed: passwords in addresses become `***`."""
-    return _PASSWORD.sub(lambda found: f"{found[1]}:***@" if found[2] is not None else "***", str(value))
 
 
 def _flag(name: str) -> str:
@@ -207,7 +205,7 @@ def _read_environment(
             continue
         if name in kind.model_fields:
             given[name] = (value, variable)
-        elif name not in EVERYWHERE and (near := get_close_matches(name, kind.model_fields, 1, NEAR)):
+        elif name not in SHARED | ALIKE and (near := get_close_matches(name, kind.model_fields, 1, NEAR)):
             slips.append(
                 f"{variable}: no {table_of(kind)} setting has this name; "
                 f"did you mean {PREFIX}{near[0].upper()}?"
@@ -233,21 +231,20 @@ def _read_file(
         raise SettingsError(f"{named}: expected TOML: {error}") from None
     given: dict[str, tuple[object, str]] = {}
     problems = []
-    known = EVERYWHERE & set(kind.model_fields)
     for key, value in content.items():
         if key in TABLES or key == table:
             if not isinstance(value, dict):
                 problems.append(f"{named}: {key}: expected a table, seen {str(value)[:80]!r}; write [{key}]")
-        elif key in EVERYWHERE:
-            if key in known:
+        elif key in SHARED:
+            if key in kind.model_fields:
                 given[key] = (value, f"{named}: {key}")
         elif key in kind.model_fields:
             problems.append(
-                f"{named}: {key}: expected above the tables only what every process has; move it "
+                f"{named}: {key}: expected above the tables only what several processes have; move it "
                 f"into [{table}]"
             )
         else:
-            problems.append(_unknown(named, key, key, [*sorted(EVERYWHERE), *TABLES, *kind.model_fields]))
+            problems.append(_unknown(named, key, key, [*sorted(SHARED), *TABLES, *kind.model_fields]))
     own = content.get(table, {})
     for key, value in own.items() if isinstance(own, dict) else ():
         if key in kind.model_fields:

@@ -300,7 +300,7 @@ def own_hosts() -> frozenset[str]:
 def read_legacy(
     environ: Mapping[str, str], table: str, *, hosts: Callable[[], Collection[str]] = own_hosts
 ) -> Legacy:
-    """Read every document for the process `table` ('dispatcher' or 'agent').
+    """Read every document for the process `table` ('dispatcher', 'agent' or 'frontend').
 
     Args:
         hosts: this machine's names, asked only when several engines are named.
@@ -409,9 +409,10 @@ def _adopt(
     """Give the agent of this machine its engine; tell everyone else what to run."""
     urls = ", ".join(dict.fromkeys(engine.url for engine in engines)) or "none"
     if table != SERVICES.owner:
-        legacy.warnings.append(
-            f"{variable}: a dispatcher does not speak to engines: run 'flexlb agent' beside each of {urls}"
-        )
+        if table == BEHAVIOUR.owner:
+            legacy.warnings.append(
+                f"{variable}: a dispatcher speaks to no engine: run 'flexlb agent' beside each of {urls}"
+            )
         return
     ours = list(dict.fromkeys(engines))
     if len(ours) > 1:

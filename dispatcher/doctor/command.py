@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 
+from dispatcher.backends.addresses import masked
 from dispatcher.backends.connect import connect_kafka, connect_redis
-from dispatcher.backends.environment import add_flags, masked, read_settings
+from dispatcher.backends.environment import add_flags, read_settings
 from dispatcher.backends.topics import MAX_RECORD_BYTES
 from dispatcher.doctor.ask_kafka import ask_kafka
 from dispatcher.doctor.ask_redis import ask_pool, ask_redis

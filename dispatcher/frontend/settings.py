@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dispatcher.backends.addresses import KafkaServers, MaybeRedisUrl
 from dispatcher.backends.topics import MAX_RECORD_BYTES
 from dispatcher.protocol.names import POOL_PATTERN
 
@@ -19,8 +20,10 @@ class FrontendSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)
 
-    kafka: str = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
-    redis: str = Field(default="", description="Redis or Valkey URL, to list the fleet's models; '' for none")
+    kafka: KafkaServers = Field(default="127.0.0.1:9092", description="Kafka bootstrap servers")
+    redis: MaybeRedisUrl = Field(
+        default="", description="Redis or Valkey URL, to list the fleet's models; '' for none"
+    )
     pool: str = Field(
         default="default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served"
     )

@@ -23,6 +23,7 @@ from dispatcher.backends.legacy_environment import (
     read_legacy,
 )
 from dispatcher.errors import SettingsError
+from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.settings import DispatcherSettings
 from workers_agent.settings import AgentSettings
 
@@ -149,6 +150,7 @@ def test_the_original_s_own_example_starts_both_processes() -> None:
     for key in unserved:
         assert f": {key}: not used: " in warned
     assert "run 'flexlb agent' beside each of http://localhost:8080" in "\n".join(dispatcher.warnings)
+    assert read_effective(FrontendSettings, {}, README).warnings == ()
 
 
 @pytest.mark.parametrize(

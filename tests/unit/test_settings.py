@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic_settings import BaseSettings
 
+from dispatcher.backends.addresses import is_http_url, is_kafka_servers, is_redis_url, masked
+from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.effective_settings import print_effective, rows_of
 from dispatcher.backends.environment import (
+    ALIKE,
     DEFAULT,
-    EVERYWHERE,
+    SHARED,
     TABLES,
     expected_of,
-    masked,
     read_effective,
     table_of,
 )
 from dispatcher.errors import SettingsError
+from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.settings import DispatcherSettings
 from workers_agent.settings import AgentSettings
 
-KINDS: tuple[type[BaseSettings], ...] = (DispatcherSettings, AgentSettings)
+KINDS: tuple[type[BaseSettings], ...] = (DispatcherSettings, AgentSettings, FrontendSettings)
 
 
 @pytest.fixture
@@ -78,12 +83,22 @@ def test_flag_names_the_file_over_the_variable(file: Path, tmp_path: Path) -> No
 def test_one_file_serves_every_process(file: Path) -> None:
     file.write_text(
         'redis = "redis://r/1"\npool = "p"\n[dispatcher]\npool = "own"\nseed = 3\n[agent]\nmax_running = 7\n'
+        "[frontend]\nport = 8080\n"
     )
     environ = {"FLEXLB_CONFIG_FILE": str(file)}
     dispatcher = read_effective(DispatcherSettings, {}, environ).settings
     agent = read_effective(AgentSettings, {}, environ).settings
     assert (dispatcher.redis, dispatcher.pool, dispatcher.seed) == ("redis://r/1", "own", 3)
     assert (agent.redis, agent.pool, agent.max_running) == ("redis://r/1", "p", 7)
+    frontend = read_effective(FrontendSettings, {}, environ).settings
+    assert (frontend.redis, frontend.pool, frontend.port) == ("redis://r/1", "p", 8080)
+
+
+def test_a_shared_key_that_a_process_does_not_have_is_left_to_those_that_do(file: Path) -> None:
+    file.write_text("metrics_port = 9100\ndefault_deadline_s = 60\n")
+    environ = {"FLEXLB_CONFIG_FILE": str(file)}
+    assert read_effective(AgentSettings, {}, environ).settings.metrics_port == 9100
+    assert read_effective(FrontendSettings, {}, environ).settings.default_deadline_s == 60
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,8 @@ def test_one_file_serves_every_process(file: Path) -> None:
         ),
         ("[dispatcher]\npool = ['a']", ["dispatcher.pool: expected text", "seen \"['a']\""]),
         ("[dispatcher]\nleader_ttl_s = 61", ["dispatcher.leader_ttl_s: expected a number from 0.2 to 60"]),
+        ("kafka = 'a:b'", ["kafka: expected host:port[,host:port] (", "seen 'a:b'"]),
+        ("redis = 'redis://u:hush@h/x'", ["redis: expected a URL like ", "seen 'redis://u:***@h/x'"]),
         ("pool =", ["expected TOML: "]),
     ],
 )
@@ -150,9 +167,18 @@ def test_slip_in_a_variable_s_name_is_warned_of() -> None:
     assert warnings == ("FLEXLB_REDISS: no dispatcher setting has this name; did you mean FLEXLB_REDIS?",)
 
 
-def test_common_keys_are_those_that_every_process_has() -> None:
-    assert set.intersection(*(set(kind.model_fields) for kind in KINDS)) == EVERYWHERE
+def test_keys_above_the_tables_are_those_that_several_processes_have() -> None:
+    counted = Counter(name for kind in KINDS for name in kind.model_fields)
+    # What a frontend lists is not what an agent serves.
+    assert {name for name, count in counted.items() if count > 1} - {"models"} == SHARED
     assert tuple(table_of(kind) for kind in KINDS) == TABLES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_process_takes_another_s_variable_for_a_slip(kind: type[BaseSettings]) -> None:
+    names = {name for one in KINDS for name, field in one.model_fields.items() if field.annotation is str}
+    environ = {f"FLEXLB_{name.upper()}": "x" for name in names | ALIKE if name not in kind.model_fields}
+    assert read_effective(kind, {}, environ).warnings == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,6 +205,55 @@ def test_passwords_are_masked(value: str, shown: str) -> None:
     assert masked(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("fits", "right", "wrong"),
+    [
+        (
+            is_redis_url,
+            [
+                "redis://h",
+                "redis://:p@h:1/0",
+                "rediss://u:p@[::1]:1/3",
+                "unix:///r.sock?db=1",
+                "redis://h/0?x=y",
+            ],
+            [
+                "",
+                "h:1",
+                "http://h",
+                "redis://h:x/0",
+                "redis://h:99999",
+                "redis://h:0",
+                "redis://h/x",
+                "unix://",
+            ],
+        ),
+        (
+            is_kafka_servers,
+            ["h", "h:1", "a:1,b:2", "a:1, b:2", "[::1]:9092", "127.0.0.1:65535"],
+            ["", "h:", "h:x", "h:0", "h:65536", "a:1,", "http://h:1", "a b:1", ":9092"],
+        ),
+        (
+            is_http_url,
+            ["http://h", "https://h:1/x", "http://[::1]:1"],
+            ["", "h:1", "ftp://h", "http://", "http://h:x"],
+        ),
+    ],
+)
+def test_addresses_are_checked_before_anybody_connects(
+    fits: Callable[[str], bool], right: list[str], wrong: list[str]
+) -> None:
+    assert [text for text in right if not fits(text)] == []
+    assert [text for text in wrong if fits(text)] == []
+
+
+def test_clients_refuse_an_address_without_showing_its_password() -> None:
+    with pytest.raises(SettingsError, match=r"seen 'redis://:\*\*\*@h:x'$"):
+        connect_redis("redis://:hush@h:x")
+    with pytest.raises(SettingsError, match=r"^kafka: expected host:port\[,host:port\], seen 'a:b'$"):
+        connect_kafka("a:b")
+
+
 @pytest.mark.parametrize("form", ["text", "verbose", "json"])
 def test_printed_settings_hold_sources_and_no_secret(form: str) -> None:
     effective = read_effective(DispatcherSettings, {"pool": "p"}, {"FLEXLB_REDIS": "redis://:hush@h/0"})
@@ -189,9 +264,19 @@ def test_printed_settings_hold_sources_and_no_secret(form: str) -> None:
         assert word in text
 
 
-def test_printed_settings_are_a_file_of_their_own(file: Path) -> None:
-    effective = read_effective(DispatcherSettings, {"pool": "p", "election": "false"}, {})
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (DispatcherSettings, {"pool": "p", "election": "false"}),
+        (AgentSettings, {"role": "prefill", "models": "a,b"}),
+        (FrontendSettings, {"port": "0", "api_keys_file": "/run/keys"}),
+    ],
+)
+def test_printed_settings_are_a_file_of_their_own(
+    file: Path, kind: type[BaseSettings], flags: dict[str, object]
+) -> None:
+    effective = read_effective(kind, flags, {})
     file.write_text(print_effective(effective, "verbose"))
-    again = read_effective(DispatcherSettings, {"config_file": str(file)}, {})
+    again = read_effective(kind, {"config_file": str(file)}, {})
     assert again.settings == effective.settings
-    assert len(rows_of(again)) == len(DispatcherSettings.model_fields)
+    assert len(rows_of(again)) == len(kind.model_fields)

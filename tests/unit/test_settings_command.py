@@ -1,4 +1,4 @@
-"""`flexlb config` as people run it: both processes, sources, and what is wrong."""
+"""`flexlb config` as people run it: every process, sources, and what is wrong."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.backends.environment import TABLES
+from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.settings import DispatcherSettings
 
 
@@ -26,9 +28,9 @@ async def config(*arguments: str, **environment: str) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-async def test_config_of_all_tells_both_processes_and_each_source(tmp_path: Path) -> None:
+async def test_config_of_all_tells_every_process_and_each_source(tmp_path: Path) -> None:
     file = tmp_path / "flexlb.toml"
-    file.write_text('pool = "p"\n[agent]\nmax_running = 7\n')
+    file.write_text('pool = "p"\n[agent]\nmax_running = 7\n[frontend]\nport = 8080\n')
     code, out, err = await config("--json", "--config", str(file), FLEXLB_REDIS="redis://:hush@h/0")
     assert (code, err) == (0, "")
     assert "hush" not in out
@@ -36,13 +38,23 @@ async def test_config_of_all_tells_both_processes_and_each_source(tmp_path: Path
         table: {row["setting"]: (row["value"], row["source"]) for row in told["settings"]}
         for table, told in json.loads(out).items()
     }
-    assert set(found) == {"dispatcher", "agent"}
+    assert set(found) == {"dispatcher", "agent", "frontend"}
     for table in found.values():
         assert table["pool"] == ("p", f"{file}: pool")
         assert table["redis"] == ("redis://:***@h/0", "FLEXLB_REDIS")
     assert found["agent"]["max_running"] == (7, f"{file}: agent.max_running")
+    assert found["frontend"]["port"] == (8080, f"{file}: frontend.port")
     assert found["dispatcher"]["seed"] == (0, "default")
     assert set(found["dispatcher"]) == set(DispatcherSettings.model_fields)
+    assert set(found["frontend"]) == set(FrontendSettings.model_fields)
+
+
+@pytest.mark.parametrize("process", ["dispatcher", "agent", "frontend"])
+async def test_config_of_one_process_is_that_process_s(process: str) -> None:
+    code, out, err = await config(process)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"[{process}]\n")
+    assert out.count("\n[") == 0
 
 
 async def test_verbose_config_tells_what_a_setting_is_and_may_be() -> None:
@@ -53,10 +65,18 @@ async def test_verbose_config_tells_what_a_setting_is_and_may_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "variable"), [("dispatcher", "FLEXLB_SPAN_LIMIT"), ("agent", "FLEXLB_MAX_RUNNING")]
+    ("process", "variable"),
+    [
+        ("dispatcher", "FLEXLB_SPAN_LIMIT"),
+        ("agent", "FLEXLB_MAX_RUNNING"),
+        ("frontend", "FLEXLB_MAX_IN_FLIGHT"),
+    ],
 )
 async def test_wrong_value_is_told_by_the_process_it_belongs_to(process: str, variable: str) -> None:
-    code, _, err = await config("all", **{variable: "0"})
+    code, out, err = await config("all", **{variable: "0"})
     assert code == 2
-    assert f"flexlb {'config' if process == 'dispatcher' else process}: {variable}: expected " in err
+    assert f"flexlb {process}: {variable}: expected " in err
+    assert {f"[{one}]" for one in TABLES if one != process} == {
+        line for line in out.split() if line[0] == "["
+    }
     assert "Traceback" not in err

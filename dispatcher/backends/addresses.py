@@ -1,0 +1,82 @@
+"""Addresses of servers as settings have them, checked before anybody connects.
+
+A setting of such a type is refused with its source and what was expected; whoever connects checks again,
+for addresses that come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+_BROKER = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:/,\[\]]+)(?::(\d{1,5}))?")
+_PASSWORD = re.compile(r"(?<=://)([^:/\s]*):([^/\s]*)@|(?<=[?&]password=)[^&\s]*")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a text has to be, in words and as a test."""
+
+    expected: str
+    fits: Callable[[str], bool]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let pydantic ask `fits`."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, text: str) -> str:
+        if not self.fits(text):
+            raise ValueError(f"expected {self.expected}")
+        return text
+
+
+def is_redis_url(text: str) -> bool:
+    """Whether a text is a URL of Redis or Valkey. A database that is no number would be taken for 0."""
+    try:
+        url = urlsplit(text)
+        port_is_valid = url.port is None or url.port > 0
+    except ValueError:
+        return False
+    if url.scheme == "unix":
+        return bool(url.path)
+    return (
+        url.scheme in ("redis", "rediss") and port_is_valid and re.fullmatch(r"/?\d*", url.path) is not None
+    )
+
+
+def is_kafka_servers(text: str) -> bool:
+    """Whether a text is a list of brokers, `host:port[,host:port]`; a port left out is 9092."""
+    found = [_BROKER.fullmatch(one.strip()) for one in text.split(",")]
+    return all(one is not None and 0 < int(one[1] or 9092) < 65536 for one in found)
+
+
+def is_http_url(text: str) -> bool:
+    """Whether a text is the address of an HTTP server."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
+
+
+REDIS_URL = Form("a URL like redis://host:6379/0", is_redis_url)
+KAFKA_SERVERS = Form("host:port[,host:port]", is_kafka_servers)
+HTTP_URL = Form("an address like http://host:8000", is_http_url)
+
+RedisUrl = Annotated[str, REDIS_URL]
+MaybeRedisUrl = Annotated[
+    str, Form(f"{REDIS_URL.expected}, or nothing", lambda text: not text or is_redis_url(text))
+]
+KafkaServers = Annotated[str, KAFKA_SERVERS]
+HttpUrl = Annotated[str, HTTP_URL]
+
+
+def masked(value: object) -> str:
+    """A value as it may be printed: passwords in addresses become `***`."""
+    return _PASSWORD.sub(lambda found: f"{found[1]}:***@" if found[2] is not None else "***", str(value))
