@@ -1,7 +1,9 @@
-"""`flexlb demo`: a real workload through a whole stack on this machine, faults on request, then the audit.
+"""`flexlb demo`: a real workload through a whole stack on this machine, under `random` and under ours.
 
-Engines are simulated in as much a faster time as the trace is replayed, so that their load is the
-trace's own. Exit code 0 only when the audit of the raw topics is clean and every request was answered.
+The fleet is simulated engines whose caches together hold a little more than the workload's working set, and
+the load is a share of what `random` can carry there, both computed first. Each run has processes, topics and
+keys of its own, on one Kafka and one Redis, and ends with the audit of its raw topics. With `--kill` only
+ours runs, and is broken in mid-run. Exit code 0 only when the audits are clean and completions are equal.
 """
 
 from __future__ import annotations
@@ -10,40 +12,72 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
-from collections.abc import Callable, Coroutine
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dispatcher.audit import AuditResult, as_text, audit
-from dispatcher.client.client import Client
-from dispatcher.local.stack import LocalStack, Member
-from dispatcher.local.up import configure_stack, stack_settings
-from dispatcher.replay.replay import ReplayResult, ReplaySettings, replay
-from dispatcher.replay.report import Report, is_clean, summarise, table
-from dispatcher.replay.traces import TraceRequest, read_excerpt
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
-KILLS = ("dispatcher", "agent", "engine", "redis", "redis-data")
-FIRST_KILL_SHARE, LAST_KILL_SHARE = 0.25, 0.8
-DOWN_S = 1.0
+from dispatcher.audit import as_text, audit
+from dispatcher.client.client import Client
+from dispatcher.local.demo_report import Figures, comparison, figures, is_good
+from dispatcher.local.kills import KILLS, break_stack
+from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
+from dispatcher.local.up import add_server_flags, stack_settings
+from dispatcher.replay.replay import OnProgress, ReplayResult, ReplaySettings, Tally, replay
+from dispatcher.replay.report import summarise
+from dispatcher.replay.traces import TraceRequest, read_excerpt
+from dispatcher.replay.yardsticks import cache_bounds, carried_per_s, workload_of
+from dispatcher.scheduling.scheduler import POLICIES, SchedulingParameters
+from dispatcher.simulation.profile import Profile
+from dispatcher.simulation.profiles import PROFILES
+
+OURS = "prefill_cost"
+CACHE_SHARE = 1.25
+"""KV cache of the fleet, as a multiple of the workload's working set."""
 ANSWER_PATIENCE_S = 120.0
 SETTLE_S = 20.0
+BUSY = "flexlb_sim:busy_seconds"
 
 
 def configure_demo(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb demo`."""
-    configure_stack(parser)
+    add_server_flags(parser)
     add = parser.add_argument
     add("--requests", type=_requests, default=500, help="requests of the conversation trace (default 500)")
-    add("--speed", type=_speed, default=8.0, help="multiple of the trace's own pace (default 8)")
+    add(
+        "--load",
+        type=_share,
+        default=0.8,
+        help="load, as a share of what 'random' can carry on this fleet (default 0.8)",
+    )
+    add("--profile", choices=list(PROFILES), default="h100-llama-8b", help="the engines' GPU and model")
+    add(
+        "--time-scale",
+        type=_scale,
+        default=0.2,
+        help="wall seconds per second of the engines: 0.2 runs them five times as fast (default 0.2)",
+    )
+    add("--policy", choices=list(POLICIES), default=OURS, help=f"our policy (default {OURS})")
+    add(
+        "--baseline",
+        choices=[*POLICIES, "none"],
+        help="policy of the run to compare with (default random; none with --kill)",
+    )
     add(
         "--kill",
         action="append",
         default=[],
-        choices=KILLS,
+        choices=list(KILLS),
         help="kill -9 this in mid-run (repeatable); redis-data also deletes everything Redis held",
     )
-    add("--seed", type=int, default=0, help="chooses which node is killed (default 0)")
+    add("--seed", type=int, default=0, help="of random choices, which node is killed among them (default 0)")
     add("--json", type=Path, metavar="FILE", help="leave the report here")
 
 
@@ -54,129 +88,245 @@ def _requests(text: str) -> int:
     return value
 
 
-def _speed(text: str) -> float:
+def _share(text: str) -> float:
     value = float(text)
-    if not 0.1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"expected 0.1 to 100, seen {text}")
+    if not 0.01 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"expected 0.01 to 2, seen {text}")
     return value
+
+
+def _scale(text: str) -> float:
+    value = float(text)
+    if not 0.01 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"expected 0.01 to 10, seen {text}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What both runs have in common. `pace` is a multiple of the trace's own, by the engines' clock."""
+
+    trace: list[TraceRequest]
+    profile: Profile
+    nodes: int
+    load: float
+    time_scale: float
+    ideal_hit_ratio: float
+    working_set_tokens: int
+    carried_per_s: float
+    pace: float
+    seed: int
+
+    @property
+    def speed(self) -> float:
+        """Multiple of the trace's own pace, by the wall clock."""
+        return self.pace / self.time_scale
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds from the first request to the last."""
+        return (self.trace[-1].arrival_s - self.trace[0].arrival_s) / self.speed
+
+    @property
+    def milliseconds(self) -> str:
+        """Which clock the report's milliseconds are of."""
+        return "wall" if self.time_scale == 1 else "simulated"
+
+    def described(self) -> str:
+        """The workload in words."""
+        faster = f", {1 / self.time_scale:g} times as fast as they would run" if self.time_scale != 1 else ""
+        return (
+            f"{len(self.trace)} requests of the conversation trace over {self.nodes} simulated engines "
+            f"({self.profile.name}{faster}).\n"
+            f"  Load {self.load:g} of the {self.carried_per_s:.1f} requests/s that 'random' can carry there; "
+            f"caches hold {self.profile.kv_tokens * self.nodes / self.working_set_tokens:.2f} times the "
+            f"{self.working_set_tokens / 1e6:.1f} M tokens of the working set."
+        )
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """Compute the fleet's caches and the load."""
+    trace = read_excerpt()[: options.requests]
+    workload = workload_of(trace)
+    profile = PROFILES[options.profile]
+    bounds = cache_bounds(workload, profile.block_tokens)
+    longest = max(len(p) + o for p, o in zip(workload.prompts, workload.outputs, strict=True))
+    tokens = max(CACHE_SHARE * bounds.working_set_tokens / options.nodes, longest)
+    running = StackSettings.max_running
+    profile = replace(profile, kv_blocks=-(-int(tokens) // profile.block_tokens) + 1, max_running=running)
+    carried = carried_per_s(workload, profile, options.nodes, random.Random(options.seed))
+    return Plan(
+        trace=trace,
+        profile=profile,
+        nodes=options.nodes,
+        load=options.load,
+        time_scale=options.time_scale,
+        ideal_hit_ratio=bounds.ideal_hit_ratio,
+        working_set_tokens=bounds.working_set_tokens,
+        carried_per_s=carried,
+        pace=options.load * carried / workload.per_s,
+        seed=options.seed,
+    )
 
 
 async def run_demo(options: argparse.Namespace) -> int:
     """Run the demo; returns the exit code."""
-    trace = read_excerpt()[: options.requests]
-    settings = stack_settings(options, time_scale=1 / options.speed)
-    async with LocalStack(settings, folder=options.folder, tell=_say) as stack:
-        _say(
-            f"{settings.dispatchers} dispatchers, {settings.nodes} nodes are up; {len(trace)} requests "
-            f"of the conversation trace at {options.speed:g} times its pace"
-        )
-        result = await _replay(stack, trace, options)
-        report = summarise(result)
-        print(table(report))
-        _say("auditing the raw topics")
+    current = asyncio.current_task()
+    assert current is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
+    try:
+        return await _demo(options)
+    except asyncio.CancelledError:
+        _say("stopped")
+        return 130
+
+
+async def _demo(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="flexlb-", ignore_cleanup_errors=True) as temporary:
+        folder: Path = options.folder or Path(temporary)
+        base = stack_settings(options)
+        async with AsyncExitStack() as cleanup:
+            started = cleanup.enter_async_context(LocalServers(base, folder, tell=_say))
+            planned = asyncio.to_thread(plan_of, options)
+            servers, plan = await asyncio.gather(started, planned)
+            _say(plan.described())
+            baseline_policy = options.baseline or ("none" if options.kill else "random")
+            baseline = None
+            if baseline_policy != "none":
+                pool = f"{base.pool}-baseline"
+                settings = _settings(replace(base, policy=baseline_policy, pool=pool), plan)
+                baseline = await _run(settings, plan, servers, folder / "baseline", [])
+            settings = _settings(replace(base, policy=options.policy), plan)
+            ours = await _run(settings, plan, servers, folder / "ours", options.kill)
+            broker = servers.broker.description if servers.broker else servers.kafka
+    print(comparison(ours, baseline))
+    print(f"Milliseconds are {_clock(plan)}.")
+    if options.json:
+        options.json.write_text(json.dumps(_merged(ours, baseline, plan, broker, options), indent=2) + "\n")
+    good = is_good(ours, baseline)
+    _say("clean: nothing lost, one answer each" if good else "NOT clean, see above")
+    return 0 if good else 1
+
+
+def _clock(plan: Plan) -> str:
+    if plan.time_scale == 1:
+        return "wall time"
+    return (
+        f"simulated, by the engines' clock: {plan.time_scale:g} wall ms each. What the path itself costs is "
+        f"wall time and looks {1 / plan.time_scale:g} times longer here"
+    )
+
+
+def _settings(base: StackSettings, plan: Plan) -> StackSettings:
+    """A stack of the plan's engines. What the scheduler weighs in seconds goes by the engines' clock."""
+    scaled = SchedulingParameters()
+    flags: list[str] = []
+    for name in ("lambda_kv_s", "lookahead_min_s", "lookahead_max_s"):
+        value = max(0.001, getattr(scaled, name) * plan.time_scale)
+        flags += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    return replace(
+        base,
+        nodes=plan.nodes,
+        profile=plan.profile.name,
+        kv_blocks=plan.profile.kv_blocks,
+        time_scale=plan.time_scale,
+        dispatcher_flags=(*flags, "--seed", str(plan.seed + 1)),
+    )
+
+
+async def _run(
+    settings: StackSettings, plan: Plan, servers: LocalServers, folder: Path, kills: list[str]
+) -> Figures:
+    """One policy: its stack, the trace, the audit."""
+    async with LocalStack(settings, folder=folder, servers=servers, tell=_say) as stack:
+        _say(f"{settings.policy}: the stack is up, the trace takes {plan.seconds:.0f} s")
+        result = await _replay(stack, plan, kills)
+        busy = {} if kills else await _busy_s(stack)
+        _say(f"{settings.policy}: auditing the raw topics")
         found = await audit(stack.kafka, settings.pool, result.began_ms - 1000, settle_s=SETTLE_S)
-        print(as_text(found))
-        is_good = is_clean(report) and not found.findings and not report["unsent"]
-        if options.json:
-            options.json.write_text(json.dumps(_merged(report, found, stack, options), indent=2) + "\n")
-        _say("clean: nothing lost, one answer each" if is_good else "NOT clean, see above")
-        return 0 if is_good else 1
+        if found.findings:
+            print(as_text(found))
+        else:
+            again = len(found.reexecuted)
+            _say(f"{settings.policy}: audit clean: 0 lost, 0 answered twice, {again} re-executed")
+    return figures(
+        summarise(result),
+        found,
+        policy=settings.policy,
+        time_scale=plan.time_scale,
+        ideal_hit_ratio=plan.ideal_hit_ratio,
+        busy_s=busy,
+    )
 
 
-async def _replay(stack: LocalStack, trace: list[TraceRequest], options: argparse.Namespace) -> ReplayResult:
-    seconds = (trace[-1].arrival_s - trace[0].arrival_s) / options.speed
-    settings = ReplaySettings(model=stack.settings.model, speed=options.speed, timeout_s=ANSWER_PATIENCE_S)
-    async with Client(stack.kafka, stack.settings.pool, most_finished=len(trace)) as client:
+async def _replay(stack: LocalStack, plan: Plan, kills: list[str]) -> ReplayResult:
+    settings = ReplaySettings(model=stack.settings.model, speed=plan.speed, timeout_s=ANSWER_PATIENCE_S)
+    async with Client(stack.kafka, stack.settings.pool, most_finished=len(plan.trace)) as client:
         async with asyncio.TaskGroup() as group:
-            running = group.create_task(replay(client, trace, settings, _progress()))
-            breaking = group.create_task(_break(stack, options.kill, seconds, random.Random(options.seed)))
-        await breaking
+            progress = _progress(stack.settings.policy, plan)
+            running = group.create_task(replay(client, plan.trace, settings, progress))
+            group.create_task(break_stack(stack, kills, plan.seconds, random.Random(plan.seed), _say))
         return await running
 
 
-async def _break(stack: LocalStack, kills: list[str], seconds: float, rng: random.Random) -> None:
-    faults: dict[str, Callable[[LocalStack, random.Random], Coroutine[Any, Any, None]]] = {
-        "dispatcher": _kill_dispatcher,
-        "agent": _kill_agent,
-        "engine": _kill_engine,
-        "redis": _kill_redis,
-        "redis-data": _lose_redis,
-    }
-    if not kills:
-        return
-    gap_s = (LAST_KILL_SHARE - FIRST_KILL_SHARE) * seconds / len(kills)
-    await asyncio.sleep(FIRST_KILL_SHARE * seconds)
-    for kill in kills:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(faults[kill](stack, rng))
-            group.create_task(asyncio.sleep(gap_s))
+async def _busy_s(stack: LocalStack) -> dict[str, float]:
+    """Each engine's computing time, by node."""
 
+    async def of(engine: Member) -> float:
+        async with session.get(f"{engine.url}/metrics") as response:
+            families = list(text_string_to_metric_families(await response.text()))
+        return sum(one.value for family in families if family.name == BUSY for one in family.samples)
 
-async def _kill_dispatcher(stack: LocalStack, _: random.Random) -> None:
-    leader = await stack.leader()
-    await _kill(stack, leader or stack.dispatchers[0])
-
-
-async def _kill_agent(stack: LocalStack, rng: random.Random) -> None:
-    await _kill(stack, rng.choice(stack.agents))
-
-
-async def _kill_engine(stack: LocalStack, rng: random.Random) -> None:
-    await _kill(stack, rng.choice(stack.engines))
-
-
-async def _kill(stack: LocalStack, member: Member) -> None:
-    _say(f"kill -9 {member.name} (pid {member.pid})")
-    await member.kill()
-    await asyncio.sleep(DOWN_S)
-    await stack.start_member(member)
-    _say(f"{member.name} is back")
-
-
-async def _kill_redis(stack: LocalStack, _: random.Random) -> None:
-    assert stack.valkey is not None
-    _say(f"kill -9 redis (pid {stack.valkey.pid})")
-    stack.valkey.kill()
-    await asyncio.sleep(DOWN_S)
-    await stack.valkey.start()
-    _say("redis is back with its data")
-
-
-async def _lose_redis(stack: LocalStack, _: random.Random) -> None:
-    assert stack.valkey is not None
-    _say(f"kill -9 redis (pid {stack.valkey.pid}) and delete its data")
-    await stack.valkey.wipe()
-    await asyncio.sleep(DOWN_S)
-    await stack.valkey.start()
-    _say("redis is back, empty")
+    async with aiohttp.ClientSession() as session:
+        seconds = await asyncio.gather(*map(of, stack.engines))
+    return {f"node-{number}": found for number, found in enumerate(seconds, start=1)}
 
 
 def _merged(
-    report: Report, found: AuditResult, stack: LocalStack, options: argparse.Namespace
+    ours: Figures, baseline: Figures | None, plan: Plan, broker: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     return {
-        **report,
-        "lost": len(found.lost) + len(found.unanswered),
-        "duplicated": len(found.duplicated),
-        "reexecuted": len(found.reexecuted),
-        "audit_findings": found.findings,
-        "broker": stack.broker.description if stack.broker else stack.kafka,
+        **ours,
+        "baseline": baseline,
+        "milliseconds": plan.milliseconds,
+        "time_scale": plan.time_scale,
+        "profile": plan.profile.name,
+        "nodes": plan.nodes,
+        "kv_tokens_per_node": plan.profile.kv_tokens,
+        "working_set_tokens": plan.working_set_tokens,
+        "load": plan.load,
+        "random_carries_per_s": round(plan.carried_per_s, 3),
+        "requests_per_s": round(plan.load * plan.carried_per_s, 3),
+        "broker": broker,
         "killed": options.kill,
+        "seed": plan.seed,
     }
 
 
-def _progress() -> Callable[[int, int, int], None]:
+def _progress(policy: str, plan: Plan) -> OnProgress:
+    """A live line on terminals, a line per tenth elsewhere."""
+    is_live = sys.stderr.isatty()
+    write: Callable[[str], object] = sys.stderr.write
     shown = -1
 
-    def show(sent: int, answered: int, planned: int) -> None:
+    def show(tally: Tally) -> None:
         nonlocal shown
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{sent}/{planned} sent, {answered} answered", end="", file=sys.stderr, flush=True)
-            if answered == planned:
-                print(file=sys.stderr)
-        elif answered * 10 // planned > shown:
-            shown = answered * 10 // planned
-            _say(f"{sent}/{planned} sent, {answered} answered")
+        tenth = tally.answered * 10 // tally.planned
+        if not is_live and tenth <= shown:
+            return
+        shown = tenth
+        line = f"{policy}: {tally.sent} of {tally.planned} sent, {tally.answered} answered"
+        if tally.ttft_ms is not None:
+            line += f", first token {tally.ttft_ms / plan.time_scale:,.0f} ms {plan.milliseconds} on average"
+        if tally.hit_ratio is not None:
+            line += f", {tally.hit_ratio:.1%} of prompt tokens from cache"
+        if not is_live:
+            _say(line)
+            return
+        write(f"\r\x1b[K{line}")
+        if tally.answered == tally.planned:
+            write("\n")
+        sys.stderr.flush()
 
     return show
 

@@ -37,6 +37,9 @@ class StackSettings:
     """What a stack is made of.
 
     `redis`, `kafka` and `engines` name servers that exist, instead of local ones; one engine per node.
+    Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
+    0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
+    `frontend_port`: where the OpenAI API is served, 0 for any free port, None for nowhere.
     """
 
     nodes: int = 4
@@ -49,19 +52,23 @@ class StackSettings:
     partitions: int = 4
     model: str = "sim"
     max_running: int = 32
+    policy: str = "prefill_cost"
+    dispatcher_flags: tuple[str, ...] = ()
+    profile: str = "h100-llama-8b"
+    kv_blocks: int = 0
+    engine_flags: tuple[str, ...] = ()
     time_scale: float = 1.0
-    prefill_tokens_per_s: float = 40_000.0
-    decode_step_ms: float = 8.0
+    frontend_port: int | None = None
 
 
 class Member:
     """A Python process of the stack: argv, a port of its own, and how to see that it serves."""
 
-    def __init__(self, name: str, folder: Path, module: str, port_flag: str) -> None:
+    def __init__(self, name: str, folder: Path, module: str, port_flag: str, *, port: int = 0) -> None:
         self.name = name
         self._process = ServerProcess(name, folder / name)
         self._module = module
-        self._port = ReservedPort()
+        self._port = ReservedPort(port)
         self._port_flag = port_flag
         self.arguments: list[str] = []
 
@@ -124,47 +131,33 @@ async def health(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | N
         return None
 
 
-class LocalStack:
-    """The stack: `async with LocalStack(...) as stack` starts and stops all of it.
+class LocalServers:
+    """Kafka and Redis for stacks on this machine: those that exist already, or local ones made here.
 
     Args:
-        folder: where its data and logs are; a temporary one, removed at the end, when None.
+        folder: where their data and logs are.
         tell: takes progress lines for people.
     """
 
     def __init__(
-        self,
-        settings: StackSettings,
-        *,
-        folder: Path | None = None,
-        tell: Callable[[str], None] = lambda _: None,
+        self, settings: StackSettings, folder: Path, *, tell: Callable[[str], None] = lambda _: None
     ) -> None:
-        self.settings = settings
-        self.names = Names(settings.pool)
-        self.broker: Broker | None = None
-        self.valkey: ValkeyServer | None = None
-        self.dispatchers: list[Member] = []
-        self.engines: list[Member] = []
-        self.agents: list[Member] = []
+        self._settings = settings
         self._folder = folder
         self._tell = tell
         self._stack = contextlib.AsyncExitStack()
-        self._session: aiohttp.ClientSession | None = None
+        self.broker: Broker | None = None
+        self.valkey: ValkeyServer | None = None
 
     @property
     def kafka(self) -> str:
         """Bootstrap servers."""
-        return self.settings.kafka or (self.broker.bootstrap if self.broker else "")
+        return self._settings.kafka or (self.broker.bootstrap if self.broker else "")
 
     @property
     def redis(self) -> str:
         """Redis URL."""
-        return self.settings.redis or (self.valkey.url if self.valkey else "")
-
-    @property
-    def members(self) -> list[Member]:
-        """All Python processes."""
-        return [*self.dispatchers, *self.engines, *self.agents]
+        return self._settings.redis or (self.valkey.url if self.valkey else "")
 
     async def __aenter__(self) -> Self:
         try:
@@ -180,38 +173,114 @@ class LocalStack:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        if self._folder is None:
-            kept = tempfile.TemporaryDirectory(prefix="flexlb-", ignore_cleanup_errors=True)
-            self._stack.callback(kept.cleanup)
-            self._folder = Path(kept.name)
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S))
-        self._stack.push_async_callback(self._session.close)
-        await self._start_servers(self._folder)
-        self._describe_members(self._folder)
-        self._stack.push_async_callback(self._stop_members)
-        session = self._session
-        async with asyncio.TaskGroup() as group:
-            for member in self.members:
-                group.create_task(member.start(session))
-        await self.until(self.is_ready, "a leader and all nodes", READY_TIMEOUT_S)
-
-    async def _start_servers(self, folder: Path) -> None:
-        settings = self.settings
+        settings = self._settings
         async with asyncio.TaskGroup() as group:
             if not settings.kafka:
-                self.broker, sentence = choose_broker(settings.broker, folder / "kafka")
+                self.broker, sentence = choose_broker(settings.broker, self._folder / "kafka")
                 self._tell(sentence)
                 self._stack.push_async_callback(self.broker.stop)
                 group.create_task(self.broker.start())
             if not settings.redis:
-                self.valkey = ValkeyServer(folder / "valkey")
+                self.valkey = ValkeyServer(self._folder / "valkey")
                 self._stack.push_async_callback(self.valkey.stop)
                 group.create_task(self.valkey.start())
         if self.broker is not None:
             self._tell(f"{self.broker.description} (ready in {self.broker.start_s:.1f} s)")
         if self.valkey is not None:
             self._tell(self.valkey.description)
+
+
+class LocalStack:
+    """The stack: `async with LocalStack(...) as stack` starts and stops all of it.
+
+    Args:
+        folder: where its data and logs are; a temporary one, removed at the end, when None.
+        servers: running ones to use, which go on afterwards; its own when None.
+        tell: takes progress lines for people.
+    """
+
+    def __init__(
+        self,
+        settings: StackSettings,
+        *,
+        folder: Path | None = None,
+        servers: LocalServers | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.settings = settings
+        self.names = Names(settings.pool)
+        self.dispatchers: list[Member] = []
+        self.engines: list[Member] = []
+        self.agents: list[Member] = []
+        self.frontends: list[Member] = []
+        self._servers = servers
+        self._folder = folder
+        self._tell = tell
+        self._stack = contextlib.AsyncExitStack()
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def servers(self) -> LocalServers:
+        """Its Kafka and Redis."""
+        assert self._servers is not None, "a stack has its servers once it is entered"
+        return self._servers
+
+    @property
+    def broker(self) -> Broker | None:
+        """The local broker, None when Kafka is somebody else's."""
+        return self.servers.broker
+
+    @property
+    def valkey(self) -> ValkeyServer | None:
+        """The local Valkey, None when Redis is somebody else's."""
+        return self.servers.valkey
+
+    @property
+    def kafka(self) -> str:
+        """Bootstrap servers."""
+        return self.servers.kafka
+
+    @property
+    def redis(self) -> str:
+        """Redis URL."""
+        return self.servers.redis
+
+    @property
+    def members(self) -> list[Member]:
+        """All Python processes."""
+        return [*self.dispatchers, *self.engines, *self.agents, *self.frontends]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        # Unix sockets have short names: they never lie in a folder that somebody else chose.
+        scratch = Path(self._stack.enter_context(_temporary_folder()))
+        if self._folder is None:
+            self._folder = scratch
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S))
+        self._stack.push_async_callback(self._session.close)
+        if self._servers is None:
+            own = LocalServers(self.settings, self._folder, tell=self._tell)
+            self._servers = await self._stack.enter_async_context(own)
         await self._create_topics()
+        self._stack.push_async_callback(self._stop_members)
+        self._describe_members(self._folder, scratch)
+        session = self._session
+        async with asyncio.TaskGroup() as group:
+            for member in self.members:
+                group.create_task(member.start(session))
+        await self.until(self.is_ready, "a leader and all nodes", READY_TIMEOUT_S)
 
     async def _create_topics(self) -> None:
         async def created() -> bool:
@@ -228,39 +297,52 @@ class LocalStack:
 
         await self.until(created, f"Kafka at {self.kafka} to create topics", 30.0)
 
-    def _describe_members(self, folder: Path) -> None:
+    def _describe_members(self, folder: Path, sockets: Path) -> None:
         settings = self.settings
         common = ["--redis", self.redis, "--kafka", self.kafka, "--pool", settings.pool]
+        if settings.frontend_port is not None:
+            frontend = Member(
+                "frontend-1", folder, "dispatcher frontend", "--port", port=settings.frontend_port
+            )
+            frontend.arguments = common
+            self.frontends.append(frontend)
         for number in range(1, settings.dispatchers + 1):
             member = Member(f"dispatcher-{number}", folder, "dispatcher dispatcher", "--metrics-port")
-            member.arguments = common
+            member.arguments = [*common, "--policy", settings.policy, *settings.dispatcher_flags]
             self.dispatchers.append(member)
         for number in range(1, settings.nodes + 1):
-            engine_url = self._engine_url(number, folder)
             agent = Member(f"agent-{number}", folder, "workers_agent", "--metrics-port")
             agent.arguments = [
                 *common,
-                *("--node", f"node-{number}", "--engine-url", engine_url, "--models", settings.model),
+                *("--node", f"node-{number}", "--models", settings.model),
                 *("--max-running", str(settings.max_running)),
+                *self._engine_of(number, folder, sockets),
             ]
             self.agents.append(agent)
 
-    def _engine_url(self, number: int, folder: Path) -> str:
+    def _engine_of(self, number: int, folder: Path, sockets: Path) -> list[str]:
+        """What agent `number` must know of its engine, which is made if there is none."""
         settings = self.settings
         if settings.engines:
-            return settings.engines[(number - 1) % len(settings.engines)]
+            return ["--engine-url", settings.engines[(number - 1) % len(settings.engines)]]
         engine = Member(f"engine-{number}", folder, "workers_agent.simulator", "--port")
+        kv_events = [
+            *("--kv-events-endpoint", f"ipc://{sockets}/{number}.events"),
+            *("--kv-replay-endpoint", f"ipc://{sockets}/{number}.replay"),
+        ]
         engine.arguments = [
-            *("--model", settings.model, "--max-running", str(settings.max_running)),
-            *("--time-scale", str(settings.time_scale), "--decode-step-ms", str(settings.decode_step_ms)),
-            *("--prefill-tokens-per-s", str(settings.prefill_tokens_per_s)),
+            *("--model", settings.model, "--profile", settings.profile),
+            *("--max-running", str(settings.max_running), "--time-scale", str(settings.time_scale)),
+            *(("--kv-blocks", str(settings.kv_blocks)) if settings.kv_blocks else ()),
+            *kv_events,
+            *settings.engine_flags,
         ]
         self.engines.append(engine)
-        return engine.url
+        return ["--engine-url", engine.url, *kv_events]
 
     async def _stop_members(self) -> None:
-        """Drain order: agents first, engines last, so that what runs may finish."""
-        for group in (self.agents, self.dispatchers, self.engines):
+        """Drain order: who takes requests first, engines last, so that what runs may finish."""
+        for group in (self.frontends, self.agents, self.dispatchers, self.engines):
             await asyncio.gather(*(member.stop() for member in group))
         for member in self.members:
             member.release()
@@ -309,3 +391,7 @@ class LocalStack:
             raise ServerError(
                 f"expected {what} within {timeout_s:.0f} s; the logs are in {self._folder}"
             ) from None
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="flexlb-", ignore_cleanup_errors=True)

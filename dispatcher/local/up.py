@@ -8,14 +8,17 @@ import contextlib
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dispatcher.local.stack import LocalStack, StackSettings
+from dispatcher.scheduling.scheduler import POLICIES
+from dispatcher.simulation.profiles import PROFILES
 
 STATUS_EVERY_S = 1.0
 
 
-def configure_stack(parser: argparse.ArgumentParser) -> None:
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that `up` and `demo` share."""
     add = parser.add_argument
     add("--nodes", type=_count, default=4, help="engines, each with an agent (default 4)")
@@ -33,7 +36,7 @@ def configure_stack(parser: argparse.ArgumentParser) -> None:
         help="a Kafka that exists, or which local one (default: Apache Kafka where it can run)",
     )
     add("--pool", default="default", help="pool name (default 'default')")
-    add("--folder", type=Path, default=None, help="keep data and logs here (default: a temporary folder)")
+    add("--folder", type=Path, help="keep data and logs here (default: a temporary folder)")
 
 
 def _count(text: str) -> int:
@@ -43,8 +46,22 @@ def _count(text: str) -> int:
     return value
 
 
-def stack_settings(options: argparse.Namespace, *, time_scale: float = 1.0) -> StackSettings:
-    """The stack that the flags describe."""
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, seen {text}")
+    return value
+
+
+def _scale(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"expected 0 to 100, seen {text}")
+    return value
+
+
+def stack_settings(options: argparse.Namespace) -> StackSettings:
+    """The stack that those flags describe."""
     local = options.kafka in {"auto", "apache", "embedded"}
     return StackSettings(
         nodes=options.nodes,
@@ -53,14 +70,23 @@ def stack_settings(options: argparse.Namespace, *, time_scale: float = 1.0) -> S
         kafka="" if local else options.kafka,
         redis=options.redis,
         pool=options.pool,
-        time_scale=time_scale,
     )
 
 
 def configure_up(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb up`."""
-    configure_stack(parser)
-    parser.add_argument("--json", action="store_true", help="print the addresses as one JSON object")
+    add_server_flags(parser)
+    add = parser.add_argument
+    add("--port", type=_port, default=0, help="port of the OpenAI API (default 0: a free one)")
+    add("--policy", choices=list(POLICIES), default="prefill_cost", help="how a node is chosen")
+    add("--profile", choices=list(PROFILES), default="h100-llama-8b", help="the engines' GPU and model")
+    add(
+        "--time-scale",
+        type=_scale,
+        default=1.0,
+        help="wall seconds per second of the engines: 0.1 runs them ten times as fast (default 1)",
+    )
+    add("--json", action="store_true", help="print the addresses as one JSON object")
 
 
 async def run_up(options: argparse.Namespace) -> int:
@@ -80,7 +106,14 @@ async def run_up(options: argparse.Namespace) -> int:
         loop.add_signal_handler(number, end)
     tell = (lambda _: None) if options.json else _say
     try:
-        async with LocalStack(stack_settings(options), folder=options.folder, tell=tell) as stack:
+        settings = replace(
+            stack_settings(options),
+            policy=options.policy,
+            profile=options.profile,
+            time_scale=options.time_scale,
+            frontend_port=options.port,
+        )
+        async with LocalStack(settings, folder=options.folder, tell=tell) as stack:
             started = True
             _show(stack, as_json=options.json)
             await _watch(stack, stop)
@@ -92,7 +125,9 @@ async def run_up(options: argparse.Namespace) -> int:
 
 
 def _show(stack: LocalStack, *, as_json: bool) -> None:
-    addresses = {
+    api = f"{stack.frontends[0].url}/v1"
+    addresses: dict[str, str | list[str]] = {
+        "api": api,
         "kafka": stack.kafka,
         "redis": stack.redis,
         "pool": stack.settings.pool,
@@ -106,7 +141,14 @@ def _show(stack: LocalStack, *, as_json: bool) -> None:
         return
     for name, value in addresses.items():
         print(f"  {name:12} {', '.join(value) if isinstance(value, list) else value}")
-    print(f"Ready. Try: flexlb replay --kafka {stack.kafka} --limit 100   Ctrl-C stops it.", flush=True)
+    body = json.dumps({"model": stack.settings.model, "messages": [{"role": "user", "content": "Hello"}]})
+    print(
+        f"Ready. Try:\n"
+        f"  curl {api}/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  flexlb replay --kafka {stack.kafka} --pool {stack.settings.pool} --limit 100\n"
+        f"Ctrl-C drains it and leaves nothing behind.",
+        flush=True,
+    )
 
 
 async def _watch(stack: LocalStack, stop: asyncio.Event) -> None:

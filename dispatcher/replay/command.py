@@ -15,7 +15,7 @@ from dispatcher.client.client import Client
 from dispatcher.protocol.names import Lane
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.protocol.request import DEFAULT_PRIORITY
-from dispatcher.replay.replay import OnProgress, ReplaySettings, replay
+from dispatcher.replay.replay import OnProgress, ReplaySettings, Tally, replay
 from dispatcher.replay.report import is_clean, summarise, table
 from dispatcher.replay.traces import EXCERPT, read_excerpt, read_trace
 from dispatcher.settings import DispatcherSettings
@@ -97,10 +97,10 @@ def progress_line(write: Callable[[str], object]) -> OnProgress:
     """Report progress by one line a second, and at the end."""
     last_s = time.monotonic()
 
-    def show(sent: int, answered: int, planned: int) -> None:
+    def show(tally: Tally) -> None:
         nonlocal last_s
-        if time.monotonic() - last_s >= PROGRESS_EVERY_S or answered == planned:
+        if time.monotonic() - last_s >= PROGRESS_EVERY_S or tally.answered == tally.planned:
             last_s = time.monotonic()
-            write(f"sent {sent} of {planned}, answered {answered}\n")
+            write(f"sent {tally.sent} of {tally.planned}, answered {tally.answered}\n")
 
     return show

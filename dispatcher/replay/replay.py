@@ -16,15 +16,50 @@ from random import Random
 from dispatcher.client.client import Client, Progress
 from dispatcher.errors import FlexLBError
 from dispatcher.protocol.names import Lane
-from dispatcher.protocol.outcome import Outcome
+from dispatcher.protocol.outcome import Outcome, OutcomeKind
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.protocol.request import DEFAULT_PRIORITY
 from dispatcher.replay.arrivals import schedule
 from dispatcher.replay.synthesis import synthesise
 from dispatcher.replay.traces import TraceRequest
 
-OnProgress = Callable[[int, int, int], None]
-"""Called with the requests sent, answered and planned, after each change."""
+
+@dataclass(kw_only=True)
+class Tally:
+    """A replay so far. First tokens by the broker's clock, of requests that completed."""
+
+    planned: int
+    sent: int = 0
+    answered: int = 0
+    first_tokens: int = 0
+    ttft_sum_ms: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Mean time to first token."""
+        return self.ttft_sum_ms / self.first_tokens if self.first_tokens else None
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Share of prompt tokens that engines had cached."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    def note(self, result: RequestResult) -> None:
+        """Count an answered request."""
+        self.answered += 1
+        if result.kind != OutcomeKind.COMPLETED:
+            return
+        self.prompt_tokens += result.prompt_tokens
+        self.cached_tokens += result.cached_tokens
+        if result.ttft_ms is not None:
+            self.first_tokens += 1
+            self.ttft_sum_ms += result.ttft_ms
+
+
+OnProgress = Callable[[Tally], None]
+"""Called with the tally after each change."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +78,7 @@ class RequestResult:
     reason: str = ""
     node: str = ""
     cached_tokens: int = 0
+    predicted_cached_tokens: int = 0
     completion_tokens: int = 0
     attempts: int = 0
     outcomes: int = 0
@@ -89,21 +125,19 @@ async def replay(
     client: Client,
     requests: Sequence[TraceRequest],
     settings: ReplaySettings,
-    on_progress: OnProgress = lambda sent, answered, planned: None,
+    on_progress: OnProgress = lambda tally: None,
 ) -> ReplayResult:
     """Replay a trace; returns when every request has its outcome or patience ends."""
     plan = schedule(requests, speed=settings.speed, limit=settings.limit, poisson=settings.poisson)
     run_id = settings.run_id or uuid.uuid4().hex[:12]
     results: list[RequestResult] = []
-    sending: set[asyncio.Task[None]] = set()
+    sending: dict[asyncio.Task[None], RequestResult] = {}
     began_ms, began_s = _epoch_ms(), time.monotonic()
-    answered = 0
+    tally = Tally(planned=len(plan))
 
     def ended(task: asyncio.Task[None]) -> None:
-        nonlocal answered
-        answered += 1
-        sending.discard(task)
-        on_progress(len(results), answered, len(plan))
+        tally.note(sending.pop(task))
+        on_progress(tally)
 
     async with asyncio.TaskGroup() as group:
         for index, (at_s, request) in enumerate(plan):
@@ -111,9 +145,10 @@ async def replay(
             late_ms = (time.monotonic() - began_s - at_s) * 1000
             results.append(RequestResult(id=f"{run_id}-{index}", late_ms=late_ms))
             task = group.create_task(_send(client, request, index, settings, results[-1]))
-            sending.add(task)
+            sending[task] = results[-1]
             task.add_done_callback(ended)
-            on_progress(len(results), answered, len(plan))
+            tally.sent += 1
+            on_progress(tally)
         if sending:
             _, missing = await asyncio.wait(sending, timeout=settings.timeout_s)
             for task in missing:
@@ -168,6 +203,7 @@ def _note_outcome(result: RequestResult, outcome: Outcome) -> None:
     result.kind, result.reason, result.node = outcome.kind.value, outcome.reason.value, outcome.node
     result.cached_tokens = outcome.usage.cached_tokens
     result.completion_tokens = outcome.usage.completion_tokens
+    result.predicted_cached_tokens = outcome.predicted_cached_tokens
 
 
 def _note_progress(result: RequestResult, client: Client) -> None:

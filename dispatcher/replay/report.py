@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from dispatcher.protocol.outcome import OutcomeKind
-from dispatcher.replay.replay import ReplayResult
+from dispatcher.replay.replay import ReplayResult, RequestResult
 
 PERCENTS = (50, 90, 99)
 
@@ -47,10 +47,12 @@ class Report(TypedDict):
     ttft_local_ms: Spread
     total_ms: Spread
     total_local_ms: Spread
+    tpot_ms: Spread
     late_ms: Spread
     prompt_tokens: int
     cached_tokens: int
     cached_share: float | None
+    predicted_cached_tokens: int
     completion_tokens: int
     nodes: dict[str, int]
     duration_s: float
@@ -76,6 +78,13 @@ def spread(values: Iterable[float | None]) -> Spread:
     return Spread(count=len(ordered), mean=mean, p50=p50, p90=p90, p99=p99, max=round(ordered[-1], 3))
 
 
+def tpot_ms(request: RequestResult) -> float | None:
+    """Time per output token after the first; None for answers of one token."""
+    if request.ttft_ms is None or request.total_ms is None or request.completion_tokens < 2:
+        return None
+    return (request.total_ms - request.ttft_ms) / (request.completion_tokens - 1)
+
+
 def summarise(result: ReplayResult) -> Report:
     """Count and describe a replay."""
     sent = [request for request in result.requests if not request.unsent]
@@ -97,10 +106,12 @@ def summarise(result: ReplayResult) -> Report:
         ttft_local_ms=spread(request.ttft_local_ms for request in completed),
         total_ms=spread(request.total_ms for request in completed),
         total_local_ms=spread(request.total_local_ms for request in completed),
+        tpot_ms=spread(map(tpot_ms, completed)),
         late_ms=spread(request.late_ms for request in result.requests),
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
         cached_share=round(cached_tokens / prompt_tokens, 4) if prompt_tokens else None,
+        predicted_cached_tokens=sum(request.predicted_cached_tokens for request in completed),
         completion_tokens=sum(request.completion_tokens for request in completed),
         nodes=dict(sorted(Counter(request.node for request in completed if request.node).items())),
         duration_s=round(result.duration_s, 3),
@@ -146,6 +157,7 @@ def table(report: Report) -> str:
         _row("first token, seen here", report["ttft_local_ms"]),
         _row("outcome, broker's clock", report["total_ms"]),
         _row("outcome, seen here", report["total_local_ms"]),
+        _row("token after the first", report["tpot_ms"]),
         _row("sent late by", report["late_ms"]),
     ]
     return "\n".join(lines)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from dispatcher.protocol.assignment import Envelope
@@ -45,6 +44,8 @@ class SchedulingParameters:
     """How `prefill_cost` weighs.
 
     Args:
+        work_weight: seconds that a second of a request's own prefill counts besides its own: it delays all
+            who come after it on the node, so that a cached prefix is worth more than its own wait.
         lambda_kv_s: seconds that KV use k costs, times k/(1-k).
         near_tie: share of the best prediction within which nodes count as equal.
         sampled: random nodes looked at besides the holders of the prefix.
@@ -52,6 +53,7 @@ class SchedulingParameters:
         block_size: tokens of a routing block.
     """
 
+    work_weight: float = 2.0
     lambda_kv_s: float = 0.15
     near_tie: float = 0.05
     sampled: int = 16
@@ -77,10 +79,30 @@ class Choice(NamedTuple):
     is_stale: bool = False
 
 
-@lru_cache(maxsize=8192)
-def blocks_of(hashes: tuple[str, ...]) -> tuple[bytes, ...]:
-    """The routing blocks of an envelope, as the index keeps them."""
-    return tuple(map(bytes.fromhex, hashes))
+KEPT_BLOCKS = 1_000_000
+"""Blocks of envelopes kept decoded: about 120 MB at most, whatever the length of each prompt."""
+
+
+class _Decoded:
+    """The routing blocks of the envelopes looked at last, bounded by blocks: one prompt may have 65,536."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], tuple[bytes, ...]] = {}
+        self._blocks = 0
+
+    def __call__(self, hashes: tuple[str, ...]) -> tuple[bytes, ...]:
+        """The routing blocks of an envelope, as the index keeps them."""
+        blocks = self._kept.pop(hashes, None)
+        if blocks is None:
+            blocks = tuple(map(bytes.fromhex, hashes))
+            self._blocks += len(blocks)
+        self._kept[hashes] = blocks
+        while self._blocks > KEPT_BLOCKS:
+            self._blocks -= len(self._kept.pop(next(iter(self._kept))))
+        return blocks
+
+
+blocks_of = _Decoded()
 
 
 Planned = dict[str, float]
@@ -170,7 +192,11 @@ class Scheduler:
 
     def eligible(self, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
         """Every node that may take `envelope`, with room or without."""
-        nodes = [node for node in self.fleet.serving(envelope.model) if _may_take(node, envelope)]
+        serving = self.fleet.serving(envelope.model)
+        nodes = [node for node in serving if _may_take(node, envelope)]
+        if not nodes and not envelope.tokens_exact:
+            # By its estimated length it fits nowhere: the engine counts, and says so if it is true.
+            nodes = [node for node in serving if _serves(node, envelope)]
         if excluded:
             return [node for node in nodes if node.name not in excluded] or nodes
         return nodes
@@ -224,10 +250,13 @@ class Scheduler:
 
 
 def _may_take(node: NodeState, envelope: Envelope) -> bool:
+    return _serves(node, envelope) and envelope.prompt_tokens <= node.longest_prompt()
+
+
+def _serves(node: NodeState, envelope: Envelope) -> bool:
     return (
         node.is_eligible
         and envelope.model in node.identity.models
-        and envelope.prompt_tokens <= node.longest_prompt()
         and (not envelope.lora or envelope.lora in node.identity.loras)
     )
 
@@ -235,7 +264,7 @@ def _may_take(node: NodeState, envelope: Envelope) -> bool:
 def prefill_cost(
     scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
 ) -> Choice | None:
-    """Least predicted time to the first token: queue, own prefill, KV pressure."""
+    """Least predicted time to the first token: queue, own prefill, KV pressure; own work counts for more."""
     matches = scheduler.matches(envelope)
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
@@ -251,7 +280,8 @@ def prefill_cost(
             wait_s += node.slot_wait_s
         prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
         k = node.kv_share
-        total = wait_s + planned.get(node.name, 0.0) + prefill_s + parameters.lambda_kv_s * k / (1 - k)
+        work_s = prefill_s * (1 + parameters.work_weight)
+        total = wait_s + planned.get(node.name, 0.0) + work_s + parameters.lambda_kv_s * k / (1 - k)
         scored.append((total, hit, wait_s, prefill_s, node))
         best = min(best, total)
     near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]

@@ -115,7 +115,7 @@ async def test_frozen_redis_fences_nobody_and_runs_nothing_twice(make_stack: Mak
 
 
 async def test_killed_agent_costs_a_retry_only(make_stack: MakeStack) -> None:
-    async with make_stack(nodes=2, decode_step_ms=20.0) as stack:
+    async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
         async with Client(stack.kafka, stack.settings.pool) as client:
             ids = await submit_for(client, 2.0, per_s=20)
             await stack.agents[0].kill()
@@ -127,7 +127,7 @@ async def test_killed_agent_costs_a_retry_only(make_stack: MakeStack) -> None:
 
 
 async def test_killed_engine_costs_a_retry_only(make_stack: MakeStack) -> None:
-    async with make_stack(nodes=2, decode_step_ms=20.0) as stack:
+    async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
         async with Client(stack.kafka, stack.settings.pool) as client:
             ids = await submit_for(client, 2.0, per_s=20)
             await stack.engines[0].kill()
@@ -136,7 +136,7 @@ async def test_killed_engine_costs_a_retry_only(make_stack: MakeStack) -> None:
 
 
 async def test_drained_agent_finishes_and_loses_nothing(make_stack: MakeStack) -> None:
-    async with make_stack(nodes=2, decode_step_ms=20.0) as stack:
+    async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
         async with Client(stack.kafka, stack.settings.pool) as client:
             sent: list[str] = []
             load = asyncio.create_task(submit_for(client, 4.0, per_s=20, ids=sent))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.replay.replay import ReplayResult, RequestResult
+from dispatcher.replay.replay import ReplayResult, RequestResult, Tally
 from dispatcher.replay.report import is_clean, percentile, spread, summarise, table
 
 
@@ -22,6 +22,7 @@ def answered(id: str, ms: float, **fields: Any) -> RequestResult:
         "reason": "finished",
         "node": "n1",
         "cached_tokens": 25,
+        "predicted_cached_tokens": 20,
         "completion_tokens": 10,
         "attempts": 1,
         "outcomes": 1,
@@ -93,10 +94,25 @@ def test_a_replay_is_counted() -> None:
     assert report["total_local_ms"]["max"] == 201
     assert report["late_ms"]["max"] == 9
     assert (report["cached_share"], report["completion_tokens"]) == (0.25, 1020)
+    assert report["predicted_cached_tokens"] == 102 * 20
+    assert report["tpot_ms"]["count"] == 102
+    assert report["tpot_ms"]["max"] == pytest.approx(100 / 9, abs=1e-3)
     assert report["nodes"] == {"n1": 101, "n2": 1}
     assert report["requests_per_s"] == 51.5
     assert not is_clean(report)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_tally_knows_first_tokens_and_hits_of_what_completed() -> None:
+    tally = Tally(planned=3)
+    assert (tally.ttft_ms, tally.hit_ratio) == (None, None)
+    for one in (
+        answered("r", 10.0),
+        answered("s", 30.0, cached_tokens=75),
+        answered("t", 99.0, kind="Failed"),
+    ):
+        tally.note(one)
+    assert (tally.answered, tally.ttft_ms, tally.hit_ratio) == (3, 20.0, 0.5)
 
 
 def test_only_requests_answered_once_are_clean() -> None:

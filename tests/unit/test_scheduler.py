@@ -60,7 +60,7 @@ class Scene:
             self.fleet,
             self.index,
             policy=policy,
-            parameters=SchedulingParameters(**{"near_tie": 0.0, **parameters}),
+            parameters=SchedulingParameters(**{"near_tie": 0.0, "work_weight": 0.0, **parameters}),
             rng=random.Random(5),
             healthy_s=lambda: self.healthy_s,
         )
@@ -107,6 +107,17 @@ def test_a_holder_is_left_for_an_idle_node_once_its_queue_costs_more_than_the_ca
     scene.report("n1", queued_uncached_tokens=1_000)
     assert scene.choose(prompt).node.name == "n1"
     scene.report("n1", queued_uncached_tokens=1_100)
+    assert scene.choose(prompt).node.name == "n0"
+
+
+def test_what_a_prompt_costs_others_keeps_it_at_its_holder_for_longer() -> None:
+    # The cache saves 1,024 tokens: worth their own time once, and once more with a weight of one.
+    scene = Scene(2, work_weight=1.0)
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
+    prompt = request(1, 2, 3, 4)
+    scene.report("n1", queued_uncached_tokens=2_000)
+    assert scene.choose(prompt).node.name == "n1"
+    scene.report("n1", queued_uncached_tokens=2_100)
     assert scene.choose(prompt).node.name == "n0"
 
 
