@@ -2,8 +2,9 @@
 
 It schedules as vLLM's v1 scheduler does: each step gives running sequences their tokens first (one for
 each that decodes, the rest of the budget to prompts), then admits waiting ones in order while budget, slots
-and blocks allow. When a block can't be had, the sequence admitted last is preempted: its blocks are freed
-and it computes again what it had, from the front of the queue. Who calls it owns the time.
+and blocks allow, for the whole prompt and not only for its first chunk. When a block can't be had, the
+sequence admitted last is preempted: its blocks are freed and it computes again what it had, from the front
+of the queue. Who calls it owns the time.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class EngineModel:
     def _begin(self, at: float) -> None:
         budget = self.profile.max_batched_tokens
         self._scheduled = []
-        prefilled = pairs = decoding = context = 0
+        prefilled = pairs = read_back = decoding = context = 0
         preempted = False
         place = 0
         while place < len(self._running) and budget:
@@ -229,7 +230,8 @@ class EngineModel:
             else:
                 prefilled += count
                 pairs += count * (count + 2 * sequence.computed)
-        seconds = self.profile.step_s(prefilled, pairs, decoding, context)
+                read_back += sequence.computed
+        seconds = self.profile.step_s(prefilled, pairs, read_back, decoding, context)
         self.busy_s += seconds
         self.due = at + seconds
 
@@ -252,13 +254,13 @@ class EngineModel:
         usable = sequence.blocks[: (len(sequence.tokens) - 1) // size]
         hits = self.cache.hit(usable)
         found = usable[:hits]
+        if not self.cache.fits(found, -(-len(sequence.tokens) // size) - hits):
+            return 0
         self.cache.hold(found)
         sequence.held = found
         sequence.computed = hits * size
         count = min(len(sequence.tokens) - sequence.computed, budget)
-        if not self._reserve(sequence, count):
-            self._free(sequence)
-            return 0
+        self._reserve(sequence, count)
         self.prefix_queried_tokens += len(sequence.tokens)
         self.prefix_hit_tokens += sequence.computed
         if sequence.cached_tokens < 0:

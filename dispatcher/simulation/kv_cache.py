@@ -91,6 +91,11 @@ class KVCache:
             count += 1
         return count
 
+    def fits(self, hashes: Sequence[int], more: int) -> bool:
+        """Whether these cached blocks could be held and `more` taken besides."""
+        room = self.blocks - self.used - more
+        return room >= 0 and (room >= len(hashes) or room >= sum(block in self._idle for block in hashes))
+
     def hold(self, hashes: Sequence[int]) -> None:
         """Hold blocks that are cached."""
         for block in hashes:

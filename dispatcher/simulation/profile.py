@@ -2,10 +2,12 @@
 
 A step computes prompt tokens in chunks and one token for each decoding sequence. It lasts
 
-    fixed + prefill_token * p + attention * pairs + decode_sequence * b + decode_context * c
+    fixed + prefill_token * p + attention * pairs + prefill_context * r
+          + decode_sequence * b + decode_context * c
 
 seconds, for p prompt tokens whose chunks see `pairs` = sum of u*(u + 2*before) (twice the token pairs of
-causal attention), b decoding sequences and their c tokens of context together.
+causal attention) and read back `r` = sum of before, the keys and values of what came before each chunk;
+b decoding sequences and their c tokens of context together.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Profile:
     fixed_s: float
     prefill_token_s: float
     attention_s: float = 0.0
+    prefill_context_s: float = 0.0
     decode_sequence_s: float = 0.0
     decode_context_s: float = 0.0
     request_s: float = 0.0
@@ -40,6 +43,7 @@ class Profile:
             "fixed_s",
             "prefill_token_s",
             "attention_s",
+            "prefill_context_s",
             "decode_sequence_s",
             "decode_context_s",
             "request_s",
@@ -55,12 +59,15 @@ class Profile:
         """Tokens that the KV cache holds."""
         return self.kv_blocks * self.block_tokens
 
-    def step_s(self, prefill_tokens: int, pairs: int, decoding: int, decode_context: int) -> float:
+    def step_s(
+        self, prefill_tokens: int, pairs: int, prefill_context: int, decoding: int, decode_context: int
+    ) -> float:
         """Seconds that a step takes."""
         return (
             self.fixed_s
             + self.prefill_token_s * prefill_tokens
             + self.attention_s * pairs
+            + self.prefill_context_s * prefill_context
             + self.decode_sequence_s * decoding
             + self.decode_context_s * decode_context
         )

@@ -89,6 +89,38 @@ def test_a_long_prompt_is_computed_in_chunks_within_the_budget() -> None:
     assert model.computed_prompt_tokens == 40
 
 
+def test_each_chunk_of_a_prompt_reads_back_what_came_before() -> None:
+    model = EngineModel(replace(SMALL, max_batched_tokens=16, attention_s=0.0, prefill_context_s=1e-6))
+    submit(model, 1, prompt(*range(10)))
+    drain(model)
+    assert model.busy_s == pytest.approx(3 * 0.001 + 40e-5 + (16 + 32) * 1e-6)
+
+
+def test_a_prompt_waits_until_the_cache_has_room_for_all_of_it() -> None:
+    model = EngineModel(replace(SMALL, max_batched_tokens=8, kv_blocks=8))
+    submit(model, 1, prompt(1, 2, 3), 6)
+    submit(model, 2, prompt(4, 5, 6, 7, 8, 9), 1)
+    made = model.step(0.0)
+    while not any(one.is_last for one in made):
+        assert model.due is not None
+        assert (model.running, model.waiting) == (1, 1)
+        made += model.step(model.due)
+    drain(model, made)
+    assert [one.key for one in made if one.is_last] == [1, 2]
+    assert model.preemptions == 0
+
+
+def test_a_prompt_that_waits_does_not_keep_its_cached_prefix() -> None:
+    model = EngineModel(replace(SMALL, kv_blocks=8, max_batched_tokens=64))
+    submit(model, 1, prompt(1, 2, 3))
+    drain(model)
+    submit(model, 2, prompt(4, 5, 6), 12)
+    model.step(0.0)
+    submit(model, 3, prompt(1, 2, 3, 7, 8))
+    made = drain(model)
+    assert {one.key: one.cached_tokens for one in made} == {2: 0, 3: 8}
+
+
 def test_a_shared_prefix_is_computed_once_but_the_last_token_always() -> None:
     model = EngineModel(SMALL)
     submit(model, 1, prompt(1, 2, 3))
