@@ -2,12 +2,14 @@
 
 Ordered by priority, then deadline, then age, per lane and model, so that a model without capacity
 holds up nobody else. Interactive requests go first; batch gets spare capacity and one bind in
-twenty, and a batch request older than its longest wait competes as interactive.
+twenty of each model, and a batch request older than its longest wait competes as interactive.
+Each lane has a share of the window of its own, so that a backlog of one keeps nobody from reading the other.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,9 +18,19 @@ from dispatcher.protocol.names import Lane, Ref
 from dispatcher.scheduling.scheduler import Choice, Planned, Scheduler
 
 BATCH_EVERY = 20
-"""One bind in this many is offered to batch first: 5 % of capacity."""
+"""One bind in this many of a model is batch's, when it waits: 5 % of capacity."""
+LANE_SHARE = {Lane.INTERACTIVE: 0.75, Lane.BATCH: 0.25}
+"""How much of the window's bounds each lane may fill."""
 LOOK_PAST = 32
-"""How many unbindable heads of a queue are looked past in a round for some that can be bound."""
+"""How many heads of a queue whose best node is busy are looked past in a round for some that can be bound."""
+MOST_PARKED = 256
+"""How many heads that no eligible node could ever take are put aside in a round."""
+PARK_MS = 1000
+"""After this time they are looked at again: nodes may have come."""
+FEWEST_STALE = 1024
+"""Orders of requests that are gone are swept out once they outnumber the others, and this."""
+OWED, ORDINARY, SPARE = range(3)
+"""Whose turn it is."""
 ENVELOPE_OVERHEAD_BYTES = 600
 """What an envelope without its data costs in memory, measured with tracemalloc, rounded up."""
 
@@ -63,10 +75,15 @@ class Window:
         self._waiting: dict[str, Waiting] = {}
         self._queues: dict[tuple[Lane, str], list[Order]] = {}
         self._urgent: set[str] = set()
+        self._parked: list[tuple[tuple[Lane, str], Order]] = []
+        self._unpark_at_ms = 0
+        self._stale = 0
         self._sequence = 0
-        self._binds = 0
+        self._binds_since_batch: dict[str, int] = {}
         self._max_batch_wait_ms = max_batch_wait_ms
-        self.bytes = 0
+        self._counts = dict.fromkeys(Lane, 0)
+        self._bytes = dict.fromkeys(Lane, 0)
+        self._loras: Counter[tuple[str, str]] = Counter()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -76,6 +93,20 @@ class Window:
 
     def __iter__(self) -> Iterator[Waiting]:
         return iter(list(self._waiting.values()))
+
+    @property
+    def bytes(self) -> int:
+        """What all waiting requests cost."""
+        return sum(self._bytes.values())
+
+    def bytes_of(self, lane: Lane) -> int:
+        """What the waiting requests of a lane cost."""
+        return self._bytes[lane]
+
+    def is_full(self, lane: Lane, *, requests: int, bytes: int) -> bool:
+        """Whether a lane has used up its share of these bounds."""
+        share = LANE_SHARE[lane]
+        return self._counts[lane] >= requests * share or self._bytes[lane] >= bytes * share
 
     def get(self, ref: str) -> Waiting | None:
         """The request of `ref`, if it waits here."""
@@ -87,7 +118,7 @@ class Window:
         if ref in self._waiting:
             return
         self._waiting[ref] = waiting
-        self.bytes += waiting.bytes
+        self._count(waiting, 1)
         queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
         heapq.heappush(queue, self._order(waiting))
 
@@ -104,13 +135,43 @@ class Window:
             envelope.ref,
         )
 
+    def _count(self, waiting: Waiting, change: int) -> None:
+        lane, envelope = waiting.ref.lane, waiting.envelope
+        self._counts[lane] += change
+        self._bytes[lane] += change * waiting.bytes
+        if envelope.lora:
+            pair = (envelope.model, envelope.lora)
+            self._loras[pair] += change
+            if not self._loras[pair]:
+                del self._loras[pair]
+
     def remove(self, ref: str) -> Waiting | None:
         """Take a request out, wherever it stands."""
+        waiting = self._take(ref)
+        if waiting is not None:
+            self._stale += 1
+            if self._stale > max(FEWEST_STALE, len(self._waiting)):
+                self._sweep()
+        return waiting
+
+    def _take(self, ref: str) -> Waiting | None:
         waiting = self._waiting.pop(ref, None)
         if waiting is not None:
-            self.bytes -= waiting.bytes
+            self._count(waiting, -1)
             self._urgent.discard(ref)
         return waiting
+
+    def _sweep(self) -> None:
+        """Drop the orders of requests that are gone, which a head that can't be bound keeps in the heaps."""
+        self._stale = 0
+        for key, queue in list(self._queues.items()):
+            kept = [order for order in queue if order[5] in self._waiting]
+            heapq.heapify(kept)
+            if kept:
+                self._queues[key] = kept
+            else:
+                del self._queues[key]
+        self._parked = [entry for entry in self._parked if entry[1][5] in self._waiting]
 
     def hurry(self, ref: str) -> None:
         """Bind this one first of its model: it holds back its partition's mark."""
@@ -123,6 +184,10 @@ class Window:
     def models(self) -> set[str]:
         """Models that something waits for."""
         return {model for _, model in self._queues}
+
+    def loras(self) -> set[tuple[str, str]]:
+        """Models and LoRA adapters of theirs that something waits for."""
+        return set(self._loras)
 
     def begin_round(self) -> Round:
         """Begin to choose: what is passed over in a round is not looked at again before `end_round`."""
@@ -141,34 +206,44 @@ class Window:
         The choice is not reserved yet: the caller does that before it calls again. A request whose best
         node is busy is passed over, and what it will cost that node counts for those after it.
         """
-        lanes = [Lane.INTERACTIVE, Lane.BATCH]
-        if self._binds % BATCH_EVERY == BATCH_EVERY - 1:
-            lanes.reverse()
-        for lane in lanes:
-            chosen = self._choose_in(lane, scheduler, round, now_ms)
-            if chosen is not None:
-                self._binds += 1
-                return chosen
-        return None
-
-    def _choose_in(
-        self, lane: Lane, scheduler: Scheduler, round: Round, now_ms: int
-    ) -> tuple[Waiting, Choice] | None:
+        self._unpark(now_ms)
         heads = []
         for key in list(self._queues):
-            if key[0] is lane or self._is_overdue(key, now_ms):
-                head = self._head(key)
-                if head is not None and scheduler.has_room(key[1]):
-                    heads.append((head, key))
-        for _, key in sorted(heads):
-            found = self._choose_from(key, scheduler, round)
+            head = self._head(key)
+            if head is not None and scheduler.has_room(key[1]):
+                heads += [(turn, head, key) for turn in self._turns(key, head, now_ms)]
+        for turn, _, key in sorted(heads):
+            found = self._choose_from(key, scheduler, round, look_past=1 if turn == OWED else LOOK_PAST)
             if found is not None:
+                self._note_bind(key)
                 return found
         return None
 
-    def _is_overdue(self, key: tuple[Lane, str], now_ms: int) -> bool:
-        head = self._head(key)
-        return key[0] is Lane.BATCH and head is not None and now_ms - head[3] > self._max_batch_wait_ms
+    def _turns(self, key: tuple[Lane, str], head: Order, now_ms: int) -> tuple[int, ...]:
+        """When a queue is looked at: batch that is owed a bind, interactive, then batch in spare capacity.
+
+        What is owed is looked at by its head alone, which may hold one busy node free for itself.
+        """
+        lane, model = key
+        if lane is Lane.INTERACTIVE or now_ms - head[3] > self._max_batch_wait_ms:
+            return (ORDINARY,)
+        return (OWED, SPARE) if self._binds_since_batch.get(model, 0) >= BATCH_EVERY - 1 else (SPARE,)
+
+    def _note_bind(self, key: tuple[Lane, str]) -> None:
+        """Count toward batch's next turn. What is owed stays owed until batch could be bound."""
+        lane, model = key
+        if lane is Lane.BATCH or (Lane.BATCH, model) not in self._queues:
+            self._binds_since_batch.pop(model, None)
+        else:
+            self._binds_since_batch[model] = self._binds_since_batch.get(model, 0) + 1
+
+    def _unpark(self, now_ms: int) -> None:
+        if now_ms < self._unpark_at_ms:
+            return
+        parked, self._parked = self._parked, []
+        self._unpark_at_ms = now_ms + PARK_MS
+        for key, order in parked:
+            heapq.heappush(self._queues.setdefault(key, []), order)
 
     def _head(self, key: tuple[Lane, str]) -> Order | None:
         queue = self._queues.get(key, [])
@@ -180,18 +255,22 @@ class Window:
         return queue[0]
 
     def _choose_from(
-        self, key: tuple[Lane, str], scheduler: Scheduler, round: Round
+        self, key: tuple[Lane, str], scheduler: Scheduler, round: Round, *, look_past: int
     ) -> tuple[Waiting, Choice] | None:
         passed = round.passed.setdefault(key, [])
-        while len(passed) < LOOK_PAST and self._head(key) is not None:
+        parked = 0
+        while len(passed) < look_past and parked < MOST_PARKED and self._head(key) is not None:
             order = heapq.heappop(self._queues[key])
             waiting = self._waiting[order[5]]
             choice = scheduler.choose(waiting.envelope, waiting.excluded, round.planned)
-            if choice is not None and choice.has_room:
-                self.remove(order[5])
+            if choice is None:
+                self._parked.append((key, order))
+                parked += 1
+                continue
+            if choice.has_room:
+                self._take(order[5])
                 return waiting, choice
             passed.append(order)
-            if choice is not None:
-                name = choice.node.name
-                round.planned[name] = round.planned.get(name, 0.0) + choice.prefill_s
+            name = choice.node.name
+            round.planned[name] = round.planned.get(name, 0.0) + choice.prefill_s
         return None

@@ -34,6 +34,7 @@ class Expire:
             self._deadlines()
             if self._state.clock.monotonic() - self._since >= self._grace_s:
                 self._unknown_models()
+                self._unknown_loras()
                 self._too_long_prompts()
             await self._endings.carry_out()
 
@@ -45,7 +46,7 @@ class Expire:
             _, ref = heapq.heappop(state.deadlines)
             envelope = state.envelope_of(ref)
             if envelope is None:
-                if ref in state.in_transit:
+                if state.is_unfinished(ref):
                     later.append((now + RUNNING_GRACE_MS, ref))
                 continue
             if ref in state.bound and now < envelope.deadline_at_ms + RUNNING_GRACE_MS:
@@ -81,3 +82,22 @@ class Expire:
             if model in unknown:
                 message = f"model: expected one of {', '.join(served)[:200]}, seen {model!r}"
                 self._endings.doom(waiting.envelope, OutcomeKind.REJECTED, Reason.UNKNOWN_MODEL, message)
+
+    def _unknown_loras(self) -> None:
+        state = self._state
+        unknown: dict[tuple[str, str], str] = {}
+        for model, lora in state.window.loras():
+            serving = state.fleet.serving(model)
+            known = sorted({name for node in serving for name in node.identity.loras})
+            if serving and lora not in known:
+                unknown[(model, lora)] = ", ".join(known)[:200] or "none"
+        if not unknown:
+            return
+        for waiting in state.window:
+            envelope = waiting.envelope
+            known_names = unknown.get((envelope.model, envelope.lora)) if envelope.lora else None
+            if known_names is not None:
+                message = (
+                    f"lora: expected an adapter of {envelope.model} ({known_names}), seen {envelope.lora!r}"
+                )
+                self._endings.doom(envelope, OutcomeKind.REJECTED, Reason.UNKNOWN_MODEL, message)

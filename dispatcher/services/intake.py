@@ -1,7 +1,8 @@
 """Intake: read the request lanes into the window, refuse what can't be served, note every offset.
 
-Reading stops (partitions are paused) while the window is full by count or bytes, or while it is too
-far ahead of the *assigned* mark; the request that holds the mark back is then bound first.
+Reading a lane stops (its partitions are paused) while its share of the window is full by count or bytes;
+reading a partition stops while it is too far ahead of its *assigned* mark, and the request that holds the
+mark back is then bound first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane
 from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
-from dispatcher.scheduling.window import Waiting
+from dispatcher.scheduling.window import LANE_SHARE, Waiting
 from dispatcher.services.cancels import doom_cancelled
 from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
 from dispatcher.services.state import LeaderState
@@ -63,15 +64,20 @@ class Intake:
 
     async def _wait_for_room(self) -> bool:
         window = self._state.window
-        full = len(window) >= self._window_requests or window.bytes >= self._window_bytes
+        full = {
+            lane
+            for lane in Lane
+            if window.is_full(lane, requests=self._window_requests, bytes=self._window_bytes)
+        }
         behind = {
             source for source, progress in self._state.progress.items() if progress.span >= self._span_limit
         }
         for source in behind:
             window.hurry(f"{source}_{self._state.progress[source].assigned}")
         everything = set(self._state.progress)
-        self._log.pause(everything if full else behind)
-        if not full and behind != everything:
+        paused = behind | {source for source in everything if Lane(source[0]) in full}
+        self._log.pause(paused)
+        if paused != everything:
             return True
         self._state.room.clear()
         self._state.work.set()
@@ -100,7 +106,7 @@ class Intake:
             now_ms=state.clock.now_ms(),
             traceparent=record.traceparent,
             limits=self._limits if ref.lane is Lane.INTERACTIVE else self._batch_limits(),
-            carry_bodies=state.window.bytes < self._carried_bytes,
+            carry_bodies=state.window.bytes_of(ref.lane) < self._carried_bytes * LANE_SHARE[ref.lane],
         )
         match decision:
             case Refused():

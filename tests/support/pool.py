@@ -208,10 +208,10 @@ class Pool:
         value = record if isinstance(record, bytes) else json.dumps(record).encode()
         await self._producer.send_and_wait(self.names.requests(lane), value, key=key)
 
-    async def append_many(self, records: list[bytes]) -> None:
+    async def append_many(self, records: list[bytes], *, lane: Lane = Lane.INTERACTIVE) -> None:
         """Append records to one partition, in order."""
         for value in records:
-            last = await self._producer.send(self.names.requests(Lane.INTERACTIVE), value, partition=0)
+            last = await self._producer.send(self.names.requests(lane), value, partition=0)
         await last
 
     async def cancel(self, id: str, tenant: str = "") -> None:

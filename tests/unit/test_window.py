@@ -18,7 +18,10 @@ from dispatcher.scheduling.scheduler import Choice, Scheduler
 from dispatcher.scheduling.window import (
     BATCH_EVERY,
     ENVELOPE_OVERHEAD_BYTES,
+    FEWEST_STALE,
     LOOK_PAST,
+    MOST_PARKED,
+    PARK_MS,
     Waiting,
     Window,
 )
@@ -37,6 +40,7 @@ def waiting(
     prompt_tokens: int = 10,
     data: bytes = b"",
     excluded: tuple[str, ...] = (),
+    lora: str = "",
 ) -> Waiting:
     """A request; its offset names it."""
     ref = Ref(lane, 0, offset)
@@ -46,6 +50,8 @@ def waiting(
         model=model,
         priority=priority,
         prompt_tokens=prompt_tokens,
+        tokens_exact=True,
+        lora=lora,
         appended_ms=NOW_MS - age_ms,
         deadline_at_ms=NOW_MS + deadline_ms,
     )
@@ -76,6 +82,7 @@ class Bench:
         self.window = Window(**settings)
         self.fleet = fleet
         self.rng = random.Random(1)
+        self.now_ms = NOW_MS
         for item in items:
             self.window.push(item)
 
@@ -83,7 +90,7 @@ class Bench:
         """One choice in a round of its own."""
         scheduler = Scheduler(self.fleet, PrefixIndex(), policy="least_outstanding_tokens", rng=self.rng)
         round = self.window.begin_round()
-        found = self.window.choose(scheduler, round, NOW_MS)
+        found = self.window.choose(scheduler, round, self.now_ms)
         self.window.end_round(round)
         return found
 
@@ -190,6 +197,26 @@ def test_batch_gets_one_bind_in_twenty_while_interactive_waits() -> None:
     assert lanes[BATCH_EVERY - 1] is Lane.BATCH
 
 
+def test_batch_is_owed_its_bind_until_it_can_be_bound() -> None:
+    """Two models whose binds alternate: each has a count of its own, and a missed turn comes again."""
+    nodes = [node("a", models=("a",), max_running=1), node("b", models=("b",), max_running=1)]
+    items = [waiting(n, model="ab"[n % 2]) for n in range(400)]
+    items += [waiting(1000 + n, model="a", lane=Lane.BATCH) for n in range(20)]
+    bench = Bench(fleet_of(*nodes), items)
+    bound: list[Waiting] = []
+    for _ in range(200):
+        for name in ("a", "b"):
+            chosen = bench.bind()
+            while chosen is not None:
+                bound.append(chosen)
+                chosen = bench.bind()
+            held = list(bench.fleet.nodes[name].held)
+            if held:
+                bench.fleet.release(name, held[0])
+    of_a = [one for one in bound if one.envelope.model == "a"]
+    assert sum(one.ref.lane is Lane.BATCH for one in of_a) >= len(of_a) // BATCH_EVERY
+
+
 def test_batch_gets_all_of_spare_capacity() -> None:
     bench = Bench(fleet_of(node()), [waiting(n, lane=Lane.BATCH) for n in range(50)])
     assert len(bench.bind_all()) == 50
@@ -237,18 +264,45 @@ def test_a_model_without_capacity_holds_up_nobody_else() -> None:
     assert len(bench.window) == 50
 
 
-def test_heads_that_fit_no_node_are_looked_past_and_keep_their_order() -> None:
-    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(LOOK_PAST - 1)]
-    bench = Bench(fleet_of(node("small", max_model_len=1_000)), [*big, waiting(99)])
-    assert bench.bind_all() == [99]
-    assert len(bench.window) == LOOK_PAST - 1
+def test_heads_that_fit_no_node_hold_up_nobody_and_keep_their_order() -> None:
+    count = 3 * LOOK_PAST
+    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(count)]
+    bench = Bench(fleet_of(node("small", max_model_len=1_000)), [*big, waiting(999)])
+    assert bench.bind_all() == [999]
+    assert len(bench.window) == count
     bench.fleet = fleet_of(node("large", max_model_len=10_000))
-    assert bench.bind_all() == list(range(LOOK_PAST - 1))
+    assert bench.bind_all() == []
+    bench.now_ms += PARK_MS
+    assert bench.bind_all() == list(range(count))
 
 
-def test_only_so_many_heads_are_looked_past() -> None:
-    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(LOOK_PAST)]
-    assert Bench(fleet_of(node(max_model_len=1_000)), [*big, waiting(99)]).bind_all() == []
+def test_more_heads_that_fit_no_node_are_put_aside_round_by_round() -> None:
+    big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(3 * MOST_PARKED)]
+    bench = Bench(fleet_of(node(max_model_len=1_000)), [*big, waiting(9_999)])
+    assert [bench.bind() for _ in range(3)] == [None, None, None]
+    assert bench.bind_all() == [9_999]
+
+
+def test_a_request_put_aside_can_be_taken_out() -> None:
+    bench = Bench(fleet_of(node(max_model_len=1_000)), [waiting(1, prompt_tokens=5_000)])
+    assert bench.bind() is None
+    assert bench.window.remove("i0_1") is not None
+    bench.now_ms += PARK_MS
+    bench.fleet = fleet_of(node(max_model_len=10_000))
+    assert bench.bind() is None
+
+
+def test_only_so_many_heads_whose_node_is_busy_are_looked_past() -> None:
+    busy, idle = node("busy", max_running=1), node("idle", max_running=1, max_model_len=100)
+    for count, bound in ((LOOK_PAST - 1, [999]), (LOOK_PAST, [])):
+        bench = Bench(
+            fleet_of(busy, idle), [waiting(n, priority=90, prompt_tokens=500) for n in range(count)]
+        )
+        bench.window.push(waiting(999))
+        for ref in ("x", "y"):
+            bench.fleet.reserve("busy", ref, 1)
+        chosen = bench.bind()
+        assert ([chosen.ref.offset] if chosen is not None else []) == bound
 
 
 def test_an_excluded_node_takes_a_request_only_when_no_other_is_eligible() -> None:
@@ -295,6 +349,39 @@ def test_bytes_count_data_hashes_and_what_an_envelope_costs() -> None:
     window.remove("i0_1")
     window.remove("i0_2")
     assert window.bytes == 0
+
+
+def test_each_lane_fills_its_own_share_only() -> None:
+    window = Window()
+    for number in range(10):
+        window.push(waiting(number, lane=Lane.BATCH, data=b"x" * 400))
+    assert window.is_full(Lane.BATCH, requests=40, bytes=1 << 30)
+    assert not window.is_full(Lane.BATCH, requests=41, bytes=1 << 30)
+    assert window.is_full(Lane.BATCH, requests=1000, bytes=40_000)
+    assert not window.is_full(Lane.INTERACTIVE, requests=1, bytes=1)
+    assert (window.bytes_of(Lane.BATCH), window.bytes_of(Lane.INTERACTIVE)) == (10_000, 0)
+    window.remove("b0_0")
+    assert not window.is_full(Lane.BATCH, requests=40, bytes=1 << 30)
+
+
+def test_what_is_gone_is_forgotten_behind_a_head_that_stays() -> None:
+    window = Window()
+    window.push(waiting(0, priority=99, model="busy"))
+    for number in range(1, 20 * FEWEST_STALE):
+        window.push(waiting(number, model="busy"))
+        window.remove(f"i0_{number}")
+    assert sum(map(len, window._queues.values())) <= FEWEST_STALE + 2
+    assert len(window) == 1
+
+
+def test_adapters_that_are_waited_for_can_be_asked_for() -> None:
+    window = Window()
+    window.push(waiting(1, lora="sql"))
+    window.push(waiting(2, lora="sql"))
+    window.remove("i0_1")
+    assert window.loras() == {("m", "sql")}
+    window.remove("i0_2")
+    assert window.loras() == set()
 
 
 def test_what_waits_can_be_asked_for() -> None:
