@@ -39,6 +39,7 @@ from dispatcher.protocol.request import (
     InferenceRequest,
     Tokens,
 )
+from dispatcher.protocol.text_hash import text_hashes
 from dispatcher.scheduling.admission import fingerprint
 
 POLL_MS = 500
@@ -184,7 +185,7 @@ class Client:
             replies = await self._placed(names.replies, counts, "read_uncommitted")
         except (KafkaError, OSError) as error:
             await self._stack.aclose()
-            raise LogUnavailable(f"client: {error!r}") from error
+            raise self._kafka.unanswered("client", error) from error
         except BaseException:
             await self._stack.aclose()
             raise
@@ -268,7 +269,10 @@ class Client:
             submitted_s = self._monotonic()
             if len(payload) > INLINE_BODY_BYTES:
                 body_ref = await self._append_body(key, payload)
-                request = msgspec.structs.replace(request, body=NO_BODY, body_ref=body_ref)
+                hashes = () if tokens is not None else _text_hashes(payload, request)
+                request = msgspec.structs.replace(
+                    request, body=NO_BODY, body_ref=body_ref, text_hashes=hashes
+                )
         except BaseException:
             self._room.release()
             raise
@@ -424,3 +428,10 @@ class Client:
         if (value.tenant, value.id) == (self._tenant, tracked.id):
             tracked.take(value, record.timestamp, self._monotonic())
             self._retire(key, tracked)
+
+
+def _text_hashes(body: bytes, request: InferenceRequest) -> tuple[str, ...]:
+    """What the dispatcher would make of the body if it were inline."""
+    return text_hashes(
+        body, model=request.model, lora=request.lora or "", cache_salt=request.cache_salt or ""
+    )

@@ -17,7 +17,10 @@ ENTRY_POINT = "workers_agent.rq_job.execute"
 
 
 class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What scheduling needs of a request; small, kept for every request in the leader's memory."""
+    """What scheduling needs of a request; small, kept for every request in the leader's memory.
+
+    `block_hashes` are routing blocks, or chunks of text when `text_hashed`: those no engine tells of.
+    """
 
     ref: str
     id: str
@@ -29,6 +32,7 @@ class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_exact: bool = False
     block_size: int = 0
     block_hashes: tuple[str, ...] = ()
+    text_hashed: bool = False
     appended_ms: int = 0
     deadline_at_ms: int = 0
     ttft_slo_ms: int = 0

@@ -69,7 +69,10 @@ class ReplyTo(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class InferenceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One request. Exactly one of `body` and `body_ref` is given."""
+    """One request. Exactly one of `body` and `body_ref` is given.
+
+    `text_hashes` are those of `text_hash`, for a body by reference whose tokens nobody knows.
+    """
 
     id: RequestIdText
     model: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -82,6 +85,7 @@ class InferenceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     deadline_ms: int | None = None
     ttft_slo_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
     tokens: Tokens | None = None
+    text_hashes: Annotated[tuple[BlockHash, ...], Meta(max_length=65_536)] = ()
     reply_to: ReplyTo | None = None
     session: Annotated[str, Meta(max_length=256)] | None = None
     lora: Annotated[str, Meta(max_length=256)] | None = None

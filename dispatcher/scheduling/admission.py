@@ -18,6 +18,7 @@ from dispatcher.protocol.assignment import Envelope, Work, encode_job_data
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import Reason
 from dispatcher.protocol.request import INLINE_BODY_BYTES, NO_BODY, BodyRef, InferenceRequest
+from dispatcher.protocol.text_hash import CHUNK_TOKENS, text_hashes
 
 BYTES_PER_TOKEN = 4
 DEFAULT_MAX_TOKENS = 256
@@ -197,7 +198,7 @@ def _admitted(
     print_ = fingerprint(request)
     deadline = request.deadline_ms or limits.default_deadline_ms
     prompt_tokens, exact, max_tokens = _sizes(request, body)
-    block_size = request.tokens.block_size if request.tokens else 0
+    block_size, hashes, of_text = _hashes(request, body)
     body_ref, in_request = request.body_ref, False
     if body and (len(body) > INLINE_BODY_BYTES or not carry_bodies):
         in_request = True
@@ -219,7 +220,8 @@ def _admitted(
         max_tokens=max_tokens,
         tokens_exact=exact,
         block_size=block_size,
-        block_hashes=request.tokens.block_hashes if request.tokens else (),
+        block_hashes=hashes,
+        text_hashed=of_text,
         appended_ms=appended_ms,
         deadline_at_ms=appended_ms + deadline,
         ttft_slo_ms=request.ttft_slo_ms or 0,
@@ -244,6 +246,16 @@ def _admitted(
         traceparent=traceparent,
     )
     return Admitted(envelope=envelope, data=encode_job_data(work))
+
+
+def _hashes(request: InferenceRequest, body: bytes) -> tuple[int, tuple[str, ...], bool]:
+    """(block size, hashes, whether they are of text): what tells which prompts begin alike."""
+    if request.tokens is not None:
+        return request.tokens.block_size, request.tokens.block_hashes, False
+    hashes = request.text_hashes or text_hashes(
+        body, model=request.model, lora=request.lora or "", cache_salt=request.cache_salt or ""
+    )
+    return (CHUNK_TOKENS, hashes, True) if hashes else (0, (), False)
 
 
 def _sizes(request: InferenceRequest, body: bytes) -> tuple[int, bool, int]:

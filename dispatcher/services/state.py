@@ -125,8 +125,11 @@ class LeaderState:
 
     def _linger_s(self, bound: Bound) -> float:
         node = self.fleet.nodes.get(bound.job.node)
-        is_told = node is not None and node.identity.routing_block_size == bound.envelope.block_size
-        return EVENTS_S if is_told and bound.envelope.block_size else self.untold_linger_s
+        envelope = bound.envelope
+        is_told = node is not None and node.identity.routing_block_size == envelope.block_size
+        if is_told and envelope.block_size and not envelope.text_hashed:
+            return EVENTS_S
+        return self.untold_linger_s
 
     def delay(self, waiting: Waiting, not_before_ms: int) -> None:
         """Let a pending request wait until `not_before_ms`, then to be bound."""

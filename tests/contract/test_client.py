@@ -28,6 +28,7 @@ from dispatcher.protocol.chunk import ChoiceDelta, Chunk, ChunkKind
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import Choice, Outcome, OutcomeKind, Reason, Usage
 from dispatcher.protocol.request import Endpoint, InferenceRequest, Tokens
+from dispatcher.protocol.text_hash import text_hashes
 from dispatcher.replay.replay import ReplayResult, ReplaySettings, replay
 from dispatcher.replay.report import summarise
 from dispatcher.replay.traces import TraceRequest
@@ -205,6 +206,9 @@ async def a_large_body_travels_by_reference(side: OtherSide) -> None:
         assert request.body_ref is not None
         assert request.body_ref.sha256 == hashlib.sha256(stored).hexdigest()
         assert (bytes(request.body), request.body_ref.bytes) == (b"", len(stored))
+        # What the dispatcher can't see, the client tells: how the prompt begins.
+        assert request.text_hashes == text_hashes(stored, model="m")
+        assert len(request.text_hashes) == 19
         await side.publish(completed("big", ref))
         assert (await of(client, "big")).ref == ref
 
@@ -361,7 +365,12 @@ async def a_replay_does_not_wait_for_answers(side: OtherSide) -> None:
     async with side.client() as client:
         settings = ReplaySettings(model="m", speed=100, run_id="run", timeout_s=2.0)
         running = asyncio.create_task(
-            replay(client, workload(12), settings, lambda *counts: changes.append(counts))
+            replay(
+                client,
+                workload(12),
+                settings,
+                lambda now: changes.append((now.sent, now.answered, now.planned)),
+            )
         )
         requests = [await side.request() for _ in range(12)]
         for request, ref in requests:

@@ -15,6 +15,7 @@ from dispatcher.protocol.assignment import decode_job_data
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.protocol.outcome import Reason
 from dispatcher.protocol.request import INLINE_BODY_BYTES, InferenceRequest
+from dispatcher.protocol.text_hash import CHUNK_TOKENS, text_hashes
 from dispatcher.scheduling.admission import (
     DEFAULT_MAX_TOKENS,
     AdmissionLimits,
@@ -124,6 +125,23 @@ def test_every_field_reaches_whom_it_concerns() -> None:
     assert work.reply_to is not None
     assert (work.reply_to.topic, work.reply_to.partition) == (REPLIES, 3)
     assert (work.tenant, work.cache_salt) == ("acme", "blue")
+
+
+def test_a_body_without_tokens_is_known_by_its_text() -> None:
+    body = {"prompt": "x" * 3_000, "max_tokens": 5}
+    expected = text_hashes(json.dumps(body).encode(), model="m", lora="sql", cache_salt="blue")
+    envelope = admitted(body=body, lora="sql", cache_salt="blue").envelope
+    assert len(expected) == 2
+    assert (envelope.block_hashes, envelope.text_hashed) == (expected, True)
+    assert envelope.block_size == CHUNK_TOKENS
+    by_reference = admitted(body=None, body_ref=BODY_REF, text_hashes=list(expected)).envelope
+    assert (by_reference.block_hashes, by_reference.text_hashed) == (expected, True)
+
+
+def test_tokens_win_over_text() -> None:
+    tokens = {"count": 600, "block_size": 512, "block_hashes": ["0" * 16]}
+    envelope = admitted(body={"prompt": "x" * 3_000}, tokens=tokens, text_hashes=["1" * 16]).envelope
+    assert (envelope.block_hashes, envelope.text_hashed, envelope.block_size) == (("0" * 16,), False, 512)
 
 
 def test_a_deadline_counts_from_the_brokers_append_time() -> None:
