@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 from aiokafka import TopicPartition
-from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, NotCoordinatorForGroupError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
 from aiokafka.structs import OffsetAndMetadata
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
+from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.request_log import source_of
 from dispatcher.backends.topics import partition_counts
 from dispatcher.errors import LogUnavailable
@@ -89,7 +90,7 @@ class OutcomeLog:
                 # transaction begins; this one is empty.
                 await self._producer.begin_transaction()
                 await self._producer.abort_transaction()
-        except (KafkaError, OSError, TimeoutError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
 
     async def stop(self) -> None:
@@ -130,7 +131,7 @@ class OutcomeLog:
                 for future in futures:
                     written = await future
                     after[written.partition] = max(after.get(written.partition, 0), written.offset + 1)
-        except (KafkaError, OSError, TimeoutError, RuntimeError, AssertionError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
         return after
 
@@ -140,7 +141,7 @@ class OutcomeLog:
         try:
             await admin.start()
             offsets = await self._group_offsets(admin)
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"finished marks: {error!r}") from error
         finally:
             await admin.close()
@@ -212,7 +213,7 @@ async def read_outcomes(
                 return heads, {tp.partition: ends[tp] for tp in partitions}
             for batch in (await consumer.getmany(*behind, timeout_ms=READ_ON_MS)).values():
                 heads += [codec.outcome_heads.decode(record.value) for record in batch if record.value]
-    except (KafkaError, OSError) as error:
+    except NO_ANSWER as error:
         raise LogUnavailable(f"read outcomes: {error!r}") from error
     finally:
         await close_kafka_client(consumer)

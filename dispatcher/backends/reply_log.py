@@ -14,6 +14,7 @@ from aiokafka.errors import (
 )
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
+from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol.names import Names
 from dispatcher.protocol.request import ReplyTo
@@ -51,7 +52,7 @@ class ReplyLog:
         """
         try:
             await self._producer.start()
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"reply log: {error!r}") from error
 
     async def stop(self) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
+from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.topics import partition_counts
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Lane, Names, Ref
@@ -67,7 +67,7 @@ class RequestLog:
                 for partition in range(counts[topic]):
                     self._lanes[TopicPartition(topic, partition)] = lane
             self._consumer.assign(list(self._lanes))
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"request log: {error!r}") from error
 
     async def _partition_counts(self) -> dict[str, int]:
@@ -94,7 +94,7 @@ class RequestLog:
         """The first offset that each partition still has."""
         try:
             starts = await self._consumer.beginning_offsets(list(self._lanes))
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"request log: {error!r}") from error
         return {source_of(self._lanes[tp], tp.partition): offset for tp, offset in starts.items()}
 
@@ -117,7 +117,7 @@ class RequestLog:
         """Up to `limit` next records; [] when none came within `timeout_ms`."""
         try:
             batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=limit)
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"request log: {error!r}") from error
         records = []
         for tp, batch in batches.items():
@@ -165,7 +165,7 @@ class CancelLog:
             for tp in partitions:
                 at = found.get(tp)
                 self._consumer.seek(tp, at.offset if at is not None else ends[tp])
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"cancel log: {error!r}") from error
 
     async def stop(self) -> None:
@@ -176,6 +176,6 @@ class CancelLog:
         """The values of the next cancel records."""
         try:
             batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=1000)
-        except (KafkaError, OSError) as error:
+        except NO_ANSWER as error:
             raise LogUnavailable(f"cancel log: {error!r}") from error
         return [record.value or b"" for batch in batches.values() for record in batch]
