@@ -55,6 +55,7 @@ class Cancels:
             return
         known = state.identities.get((cancel.tenant, cancel.id))
         envelope = state.envelope_of(known[0]) if known is not None else None
+        state.early_cancels.pop((cancel.tenant, cancel.id), None)  # the newest is dropped last
         if envelope is not None:
             doom_cancelled(self._endings, envelope)
         elif len(state.early_cancels) < HELD_LIMIT:

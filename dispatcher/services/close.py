@@ -19,6 +19,8 @@ from dispatcher.services.state import Doom, LeaderState
 
 BATCH = 128
 BACKLOG = 2048
+LOST_S = 10.0
+"""A request that was found in no place for this long, although its end was decided, may be lost."""
 
 
 class Endings:
@@ -28,6 +30,7 @@ class Endings:
         self._state = state
         self._store = store
         self._queue: asyncio.Queue[CloseItem] = asyncio.Queue(BACKLOG)
+        self._asked: set[str] = set()
 
     async def run(self) -> None:
         """Write endings until cancelled."""
@@ -43,15 +46,21 @@ class Endings:
                 await self._written(item, answer)
 
     async def _written(self, item: CloseItem, answer: str) -> None:
+        self._asked.discard(str(item.ref))
         if answer.startswith("dup|"):
             _, owner, print_ = answer.split("|")
             await self._queue.put(self.duplicate_item(item, owner, print_))
             return
+        if item.place == "lost" and answer == "ok":
+            # Nothing was removed that would make a second call find it done.
+            self._state.log.warning("request was in no place, ended", ref=str(item.ref), id=item.id)
+            self._state.doomed.pop(str(item.ref), None)
         if item.place == "log":
             progress = self._state.progress_of(item.ref)
             progress.take(item.ref.offset)
             if item.kind == "none":
                 progress.excuse(item.ref.offset)
+                self._state.forget(str(item.ref))
 
     def duplicate_item(self, item: CloseItem, owner: str, owner_print: str) -> CloseItem:
         """The ending of a record whose (tenant, id) belongs to the record `owner`."""
@@ -122,19 +131,25 @@ class Endings:
 
     def doom(self, envelope: Envelope, kind: OutcomeKind, reason: Reason, message: str) -> None:
         """Decide the ending of an unfinished request; `carry_out` makes it true wherever it is."""
-        doom = Doom(envelope=envelope, kind=kind, reason=reason, message=message)
+        doom = Doom(
+            envelope=envelope,
+            kind=kind,
+            reason=reason,
+            message=message,
+            since_s=self._state.clock.monotonic(),
+        )
         self._state.doomed.setdefault(envelope.ref, doom)
 
     async def carry_out(self) -> None:
         """End what is doomed. Repeated until each is gone: it may be on its way between two places."""
         state = self._state
         for ref, doom in list(state.doomed.items()):
-            known = state.identities.get((doom.envelope.tenant, doom.envelope.id))
-            if known is None or known[0] != ref:
+            if not state.is_unfinished(ref):
                 state.doomed.pop(ref, None)
                 continue
-            item = self._ending_of(doom)
+            item = self._ending_of(doom) if ref not in self._asked else None
             if item is not None:
+                self._asked.add(ref)
                 await self._queue.put(item)
 
     def _ending_of(self, doom: Doom) -> CloseItem | None:
@@ -159,7 +174,9 @@ class Endings:
         ref = Ref.parse(envelope.ref)
         if waiting is None:
             job = bound.job if bound is not None else None
-            return CloseItem(place="job", ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
+            # In no place for so long: somebody deleted the job, as RQ's tools can.
+            place = "lost" if state.clock.monotonic() - doom.since_s > LOST_S else "job"
+            return CloseItem(place=place, ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
         return CloseItem(
             place="pending" if waiting.from_pending else "log",
             ref=ref,

@@ -138,7 +138,7 @@ class Dispatch:
             return
         _, owner, print_ = answer.split("|")
         envelope = waiting.envelope
-        state.forget(envelope.tenant, envelope.id, ref)
+        state.forget(ref)
         if print_ == envelope.fingerprint:
             await self._endings.coalesce(waiting.ref, envelope.fingerprint)
         else:

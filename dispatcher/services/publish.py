@@ -235,7 +235,7 @@ class Publish:
         )
         for ending in endings:
             if ending.publication is not None:
-                state.forget_ref(str(ending.ref), ending.id)
+                state.forget(str(ending.ref))
         self._prune()
 
     async def _commit(self, fresh: Mapping[str, _Ending], finished: Mapping[str, int]) -> None:

@@ -23,6 +23,8 @@ from dispatcher.scheduling.window import Waiting, Window
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
+FEWEST_PAST = 1024
+"""Deadlines of finished requests are swept out once there are more of them than of others, and than this."""
 EVENTS_S = 1.0
 """Within this time a node's block events tell of what a finished request left in its cache."""
 
@@ -46,6 +48,7 @@ class Doom:
     kind: OutcomeKind
     reason: Reason
     message: str
+    since_s: float
 
 
 @dataclass(kw_only=True)
@@ -71,7 +74,7 @@ class LeaderState:
     deadlines: list[tuple[int, str]] = field(default_factory=list)
     work: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
-    _tenants: dict[str, str] = field(default_factory=dict)
+    _identity_of: dict[str, tuple[str, str]] = field(default_factory=dict)
     _delayed: list[tuple[int, str]] = field(default_factory=list)
     _delayed_requests: dict[str, Waiting] = field(default_factory=dict)
 
@@ -82,11 +85,15 @@ class LeaderState:
         self.work.set()
 
     def _know(self, envelope: Envelope) -> None:
+        if envelope.ref in self._identity_of:
+            return
         identity = (envelope.tenant, envelope.id)
-        if identity not in self.identities:
-            self.identities[identity] = (envelope.ref, envelope.fingerprint)
-            self._tenants[envelope.ref] = envelope.tenant
-            heapq.heappush(self.deadlines, (envelope.deadline_at_ms, envelope.ref))
+        self._identity_of[envelope.ref] = identity
+        self.identities.setdefault(identity, (envelope.ref, envelope.fingerprint))
+        heapq.heappush(self.deadlines, (envelope.deadline_at_ms, envelope.ref))
+        if len(self.deadlines) > 2 * len(self._identity_of) + FEWEST_PAST:
+            self.deadlines = [entry for entry in self.deadlines if entry[1] in self._identity_of]
+            heapq.heapify(self.deadlines)
 
     def bind(self, ref: str, bound: Bound, *, uncached_tokens: int = 0, number: int = 0) -> None:
         """Note a request at a node: its capacity is taken, its blocks will be cached there.
@@ -163,26 +170,19 @@ class LeaderState:
         """The waiting request of `ref`, delayed or not."""
         return self._delayed_requests.get(ref) or self.window.get(ref)
 
-    def forget(self, tenant: str, request_id: str, ref: str) -> None:
+    def forget(self, ref: str) -> None:
         """Drop what only an unfinished request needs."""
-        known = self.identities.get((tenant, request_id))
-        if known is not None and known[0] == ref:
-            del self.identities[(tenant, request_id)]
+        identity = self._identity_of.pop(ref, None)
+        if identity is not None:
+            known = self.identities.get(identity)
+            if known is not None and known[0] == ref:
+                del self.identities[identity]
         self.attempts.pop(ref, None)
         self.doomed.pop(ref, None)
 
-    def forget_ref(self, ref: str, request_id: str) -> None:
-        """Drop what only an unfinished request needs, when its tenant is not at hand."""
-        tenant = self._tenants.pop(ref, None)
-        if tenant is not None:
-            self.forget(tenant, request_id, ref)
-        else:
-            self.attempts.pop(ref, None)
-
-    @property
-    def in_transit(self) -> dict[str, str]:
-        """Refs (with tenants) of all requests that have no published outcome, wherever they are."""
-        return self._tenants
+    def is_unfinished(self, ref: str) -> bool:
+        """Whether a request that was entered has no published outcome yet, wherever it is."""
+        return ref in self._identity_of
 
     def envelope_of(self, ref: str) -> Envelope | None:
         """The envelope of an unfinished request, wherever it is."""

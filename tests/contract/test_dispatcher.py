@@ -20,11 +20,19 @@ from dispatcher.errors import Superseded
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
+from dispatcher.services import close
 from tests.support.pool import CLOCK, Pool, ScriptedNode, request
 from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.kafka
+
+
+class UnclaimingNode(ScriptedNode):
+    """A node that reports and claims nothing."""
+
+    async def _work(self) -> None:
+        await asyncio.Event().wait()
 
 
 @pytest.fixture
@@ -52,6 +60,7 @@ BAD_INPUT: list[tuple[str, Any, Reason, str]] = [
     ("body is a list", {"body": [1]}, Reason.MALFORMED, "$.body"),
     ("unknown endpoint", {"endpoint": "/admin"}, Reason.MALFORMED, "$.endpoint"),
     ("unknown model", {"model": "gpt-9"}, Reason.UNKNOWN_MODEL, "expected one of m"),
+    ("unknown adapter", {"lora": "sql"}, Reason.UNKNOWN_MODEL, "an adapter of m (none), seen 'sql'"),
     ("prompt too long", {"tokens": {"count": 1001}}, Reason.PROMPT_TOO_LONG, "at most 1000 tokens"),
     ("negative deadline", {"deadline_ms": -1}, Reason.INVALID_DEADLINE, "seen -1"),
     ("deadline too long", {"deadline_ms": 10**9}, Reason.INVALID_DEADLINE, "seen 1000000000"),
@@ -120,6 +129,30 @@ async def test_repeated_record_is_coalesced(served: Pool) -> None:
     assert len(served.of("twice")) == 1
 
 
+async def test_repeats_of_finished_requests_leave_nothing_in_the_leaders_memory(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()) as dispatcher:
+        async with one.running(ScriptedNode(one, "n1")):
+            await one.append(request("ran"))
+            await one.append(request("refused", model="nobody"))
+            await one.outcome("ran")
+            await one.outcome("refused")
+            for id, fields in (("ran", {}), ("refused", {"model": "nobody"})):
+                await one.append(request(id, **fields))
+                await one.append(request(id, **fields, body={"prompt": "other", "max_tokens": 1}))
+            await one.append(request("last"))
+            await one.outcome("last")
+            await wait_until(lambda: len(one.outcomes) == 5, "the answers to the reuses")
+            state = dispatcher.state
+            assert state is not None
+            await wait_until(
+                lambda: not state.identities and not state.doomed and not state.attempts, "an empty memory"
+            )
+            assert not any(state.is_unfinished(ref) for _, ref in state.deadlines)
+            assert [len(one.of("ran")), len(one.of("refused"))] == [2, 2]
+
+
 async def test_reused_id_is_rejected_and_tenants_are_apart(served: Pool) -> None:
     await served.append(request("same"))
     await served.outcome("same")
@@ -144,6 +177,11 @@ async def test_large_body_travels_by_reference(served: Pool) -> None:
     prompt = "y" * 200_000
     await served.append(request("large", body={"prompt": prompt, "max_tokens": 1}, tokens={"count": 900}))
     assert (await served.outcome("large")).kind is OutcomeKind.COMPLETED
+
+
+async def test_a_prompt_that_is_long_by_estimate_only_is_left_to_the_engine(served: Pool) -> None:
+    await served.append(request("long", body={"prompt": "y" * 200_000, "max_tokens": 1}))
+    assert (await served.outcome("long")).kind is OutcomeKind.COMPLETED
 
 
 async def test_waiting_request_is_cancelled_by_its_tenant_only(
@@ -176,6 +214,32 @@ async def test_deadline_ends_a_waiting_and_a_running_request(
             await one.append(request("runs", deadline_ms=1500))
             assert (await one.outcome("runs")).reason is Reason.DEADLINE_EXCEEDED
             assert await node.finish() == ["lost"]
+
+
+async def test_a_request_whose_job_was_deleted_by_hand_is_ended_at_its_deadline(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(close, "LOST_S", 1.0)
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()):
+        async with one.running(UnclaimingNode(one, "n1")):
+            await one.append(request("deleted", deadline_ms=1000))
+            queue = one.names.queue_key("n1")
+
+            async def is_queued() -> bool:
+                return bool(await one.redis.llen(queue))
+
+            await wait_until(is_queued, "it to be queued")
+            # What rq-dashboard's "Empty" and `rq empty` do.
+            for job in await one.redis.lrange(queue, 0, -1):
+                await one.redis.delete(one.names.job(job.decode()))
+            await one.redis.delete(queue)
+            assert (await one.outcome("deleted")).reason is Reason.DEADLINE_EXCEEDED
+
+            async def is_settled() -> bool:
+                return not await one.redis.xlen(one.names.closing)
+
+            await wait_until(is_settled, "the ending to be settled")
+            assert len(one.of("deleted")) == 1
 
 
 async def test_urgent_request_behind_100_000_is_bound_next(
@@ -212,6 +276,30 @@ async def test_window_is_bounded_and_reads_on(
             assert len(dispatcher.state.window) <= 2000
             async with one.running(ScriptedNode(one, "n1", max_running=512)):
                 await wait_until(lambda: len(one.outcomes) == 5000, "all answers", timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    ("backlog", "late"), [(Lane.BATCH, Lane.INTERACTIVE), (Lane.INTERACTIVE, Lane.BATCH)]
+)
+async def test_a_backlog_of_one_lane_keeps_nobody_from_the_other(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, backlog: Lane, late: Lane
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool, window_requests=1000) as one:
+        records = [json.dumps(request(f"w{number}")).encode() for number in range(4000)]
+        await one.append_many(records, lane=backlog)
+        async with one.running(one.dispatcher()) as dispatcher:
+            await wait_until(
+                lambda: (
+                    dispatcher.state is not None
+                    and dispatcher.state.window.is_full(backlog, requests=1000, bytes=1 << 30)
+                ),
+                "a full window",
+            )
+            await one.append(request("late"), lane=late)
+            await wait_until(
+                lambda: dispatcher.state is not None and ("", "late") in dispatcher.state.identities,
+                "the late request to be read",
+            )
 
 
 async def test_failing_attempts_go_elsewhere_then_to_the_dead_letters(

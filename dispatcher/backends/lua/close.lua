@@ -2,10 +2,11 @@
 -- Decide endings that the leader makes itself (Rejected, Evicted, Cancelled, dead, coalesced).
 -- KEYS  1 epoch  2 generation  3 marks  4 pending  5 closing
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 id window ms  6 items n
---       n x (place 'log'|'pending'|'job', ref, source, offset, node, job id, kind, request id, payload,
+--       n x (place 'log'|'pending'|'job'|'lost', ref, source, offset, node, job id, kind, request id, payload,
 --            identity key, fingerprint)
 --       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
 --       'none' (a duplicate that is coalesced with its first: the mark moves, nothing is published).
+--       place 'lost': as 'job', and when it was taken but is nowhere any more, its hash deleted by other hands.
 --       identity '' leaves the (tenant, id) unclaimed (a refused duplicate must not own it).
 -- Returns {the generation's counter, one answer per item}: 'ok', 'already' (decided before or not in that place any more),
 -- or 'dup|<ref>|<print>' when (tenant, id) belongs to another record.
@@ -53,6 +54,12 @@ for i = 1, tonumber(ARGV[6]) do
         or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1
         or redis.call('ZREM', 'rq:failed:' .. queue, job) == 1 then
       answer = 'ok'
+    elseif place == 'lost' then
+      local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
+      local taken = tonumber(offset) < low or redis.call('ZSCORE', prefix .. 'above:' .. source, offset)
+      if taken and redis.call('EXISTS', 'rq:job:' .. job) == 0 and not redis.call('ZSCORE', KEYS[4], ref) then
+        answer = 'ok'
+      end
     end
     if answer == 'ok' then
       redis.call('ZREM', 'rq:wip:' .. queue, job .. ':flexlb')
