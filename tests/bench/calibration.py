@@ -1,157 +1,156 @@
-"""Fit the engine model's step times to measured requests: `python -m tests.bench.calibration TRACE.csv.gz`.
+"""Hold the engine model against measured engines: `python -m tests.bench.calibration TRACE.csv.gz`.
 
-The trace is SemiAnalysis InferenceX's per-request measurements of vLLM serving DeepSeek-R1 on B200 GPUs
-(github.com/SemiAnalysisAI/InferenceX, Apache-2.0). Prefill is fitted on the runs with one or two users, in
-which nothing queues; decoding on the runs with up to sixteen, each request against the mean number of
-others that were decoding meanwhile and the context they had. Least squares of relative errors, coefficients
-not negative. Prints a table and, with `--json FILE`, the same for machines.
+The trace is SemiAnalysis InferenceX's per-request records of vLLM serving DeepSeek-R1 on B200 GPUs
+(github.com/SemiAnalysisAI/InferenceX, Apache-2.0). First the coefficients of the step time are fitted to the
+smaller runs and shown beside those of the profiles; then every run is sent through `EngineModel` with its
+profile, and times are compared. Prints tables and, with `--json FILE`, the same for machines.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from dispatcher.simulation.profile import Profile
+from dispatcher.simulation.profiles import PROFILES
+from tests.bench.calibration_fit import COEFFICIENTS, FIT_USERS, SHORTEST_STEP_S, fit
+from tests.bench.calibration_replay import pairs, replay
+from tests.bench.calibration_trace import Run, read
+from tests.bench.machine import describe_machine, percentile
 
-BLOCK_TOKENS = 64
-SHORTEST_STEP_S = 0.003
-"""Some answers came in bursts: a shorter time between tokens is no step of this model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One request: tokens, seconds, and when its answer began and ended (epoch seconds)."""
-
-    users: int
-    run: tuple[str, str, str]
-    uncached: int
-    cached: int
-    output: int
-    ttft_s: float
-    itl_s: float
-    first_at_s: float
-    ended_at_s: float
+CLOSE = 0.25
+SHORTEST_ANSWER = 32
 
 
-def read(path: Path) -> list[Measured]:
-    """The requests of the trace that succeeded."""
-    with gzip.open(path, "rt") as file:
-        rows = [row for row in csv.DictReader(file) if row["success"] == "True" and row["itl"]]
-    return [
-        Measured(
-            users=int(row["conc"]),
-            run=(row["tp"], row["conc"], row["offload"]),
-            uncached=int(row["cache_miss_blocks"]) * BLOCK_TOKENS,
-            cached=int(row["cache_hit_blocks"]) * BLOCK_TOKENS,
-            output=int(row["output_tokens_actual"]),
-            ttft_s=float(row["ttft"]),
-            itl_s=float(row["itl"]),
-            first_at_s=float(row["prefill_complete_time"]),
-            ended_at_s=float(row["request_complete_time"]),
-        )
-        for row in rows
-    ]
+def profile_of(tp: str) -> Profile:
+    """The profile that claims to be these engines."""
+    return PROFILES[f"b200-deepseek-r1-{tp}"]
 
 
-def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Coefficients from 0 up, by relative least squares; and the relative errors they leave."""
-    matrix = np.array(features, dtype=float) / np.array(seconds)[:, None]
-    ones = np.ones(len(seconds))
-    active = list(range(matrix.shape[1]))
-    solution = np.zeros(matrix.shape[1])
-    while active:
-        found, *_ = np.linalg.lstsq(matrix[:, active], ones, rcond=None)
-        if (found >= 0).all():
-            solution[active] = found
-            break
-        active = [column for column, value in zip(active, found, strict=True) if value >= 0]
-    return solution.tolist(), (matrix @ solution - 1).tolist()
-
-
-def prefill(requests: list[Measured]) -> tuple[list[float], list[float]]:
-    """(fixed, per token, attention) of prefills that did not queue.
-
-    The fixed part is mostly HTTP and the tokeniser, before the engine: prompts have 75,000 tokens.
-    """
-    chosen = [one for one in requests if one.users <= 2 and one.ttft_s < 5]
-    return fit([_prefill_features(one) for one in chosen], [one.ttft_s for one in chosen])
-
-
-def _prefill_features(one: Measured) -> tuple[float, float, float]:
-    return 1.0, one.uncached, one.uncached * (one.uncached + 2 * one.cached)
-
-
-def decode(requests: list[Measured]) -> tuple[list[float], list[float]]:
-    """(fixed, per decoding sequence, per context token) of decode steps."""
-    by_run: dict[tuple[str, str, str], list[Measured]] = defaultdict(list)
-    for one in requests:
-        if one.users <= 16:
-            by_run[one.run].append(one)
-    features, seconds = [], []
-    for together in by_run.values():
-        for one in together:
-            lasted = one.ended_at_s - one.first_at_s
-            if lasted <= 0 or one.output < 32 or one.itl_s < SHORTEST_STEP_S:
-                continue
-            sequences = context = 0.0
-            for other in together:
-                overlap = min(one.ended_at_s, other.ended_at_s) - max(one.first_at_s, other.first_at_s)
-                if overlap > 0:
-                    sequences += overlap / lasted
-                    context += overlap / lasted * (other.uncached + other.cached + other.output / 2)
-            features.append((1.0, sequences, context))
-            seconds.append(one.itl_s)
-    return fit(features, seconds)
-
-
-def summary(requests: list[Measured]) -> dict[str, dict[str, Any]]:
-    """Both fits for each parallelism, with what they leave unexplained."""
-    found: dict[str, dict[str, Any]] = {}
-    for tp in sorted({one.run[0] for one in requests}):
-        own = [one for one in requests if one.run[0] == tp]
-        (fixed, token, attention), prefill_errors = prefill(own)
-        (step, sequence, context), decode_errors = decode(own)
+def fitted(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """For each parallelism the coefficients that the runs tell, the profile's, and what errors are left."""
+    found = {}
+    for tp in sorted({run.tp for run in runs}):
+        profile = profile_of(tp)
+        own = fit([run for run in runs if run.tp == tp], profile.kv_tokens)
         found[tp] = {
-            "prefill": {"fixed_s": fixed, "prefill_token_s": token, "attention_s": attention},
-            "prefill_error": _errors(prefill_errors),
-            "decode": {"fixed_s": step, "decode_sequence_s": sequence, "decode_context_s": context},
-            "decode_error": _errors(decode_errors),
+            "fitted": own.coefficients,
+            "profile": {name: getattr(profile, name) for name in COEFFICIENTS},
+            "errors": own.errors,
         }
     return found
 
 
-def _errors(errors: list[float]) -> dict[str, float]:
-    absolute = sorted(abs(error) for error in errors)
+def compared(run: Run, kv_times: int = 1) -> dict[str, Any]:
+    """One run: measured and modelled times to the first token and between tokens.
+
+    Args:
+        kv_times: how many times as much the modelled KV cache holds.
+    """
+    profile = profile_of(run.tp)
+    modelled = replay(run, replace(profile, kv_blocks=kv_times * profile.kv_blocks))
+    begun = list(pairs(run, modelled))
+    ended = [
+        (one, answer.ended_s - answer.first_s)
+        for one, answer in begun
+        if one.ended_s <= run.heard_s
+        and answer.ended_s is not None
+        and one.output >= SHORTEST_ANSWER
+        and one.itl_s >= SHORTEST_STEP_S
+    ]
     return {
-        "requests": len(errors),
-        "median": round(statistics.median(absolute), 3),
-        "p90": round(absolute[int(0.9 * len(absolute))], 3),
-        "bias": round(statistics.fmean(errors), 3),
+        "tp": run.tp,
+        "users": run.users,
+        "offload": run.offload,
+        "requests": len(begun),
+        "ttft_s": _beside([one.ttft_s for one, _ in begun], [answer.ttft_s for _, answer in begun]),
+        "itl_s": _beside(
+            [one.itl_s for one, _ in ended], [lasted_s / (one.output - 1) for one, lasted_s in ended]
+        ),
+        "modelled_hit_share": round(modelled.hit_share, 3),
+        "modelled_preemptions": modelled.preemptions,
     }
 
 
+def _beside(measured: list[float], modelled: list[float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, share in (("p50", 0.5), ("p90", 0.9)):
+        one, other = (
+            statistics.median(values) if share == 0.5 else percentile(values, share)
+            for values in (measured, modelled)
+        )
+        found |= {name: one, f"{name}_modelled": other, f"{name}_error": round(other / one - 1, 3)}
+    return found
+
+
+def print_fit(found: dict[str, dict[str, Any]]) -> None:
+    """Coefficients and what they leave unexplained."""
+    print(f"\nfit to runs of up to {FIT_USERS} users\n{'':18}" + "".join(f"{tp:>22}" for tp in found))
+    for name in COEFFICIENTS:
+        cells = (f"{own['fitted'][name]:.2e} ({own['profile'][name]:.2e})" for own in found.values())
+        print(f"{name:18}" + "".join(f"{cell:>22}" for cell in cells))
+    for tp, own in found.items():
+        for kind, errors in own["errors"].items():
+            told = ", ".join(f"{name} {value}" for name, value in errors.items())
+            print(f"{tp} {kind}: relative error: {told}")
+
+
+def print_replay(rows: Sequence[dict[str, Any]]) -> None:
+    """One line for each run."""
+    print(
+        "\nreplay: measured, modelled, error\n"
+        f"{'tp':4}{'users':>6}{'offload':>8}{'n':>5} "
+        + "".join(f"{title:>24}" for title in ("TTFT p50 s", "TTFT p90 s", "ITL p50 ms", "ITL p90 ms"))
+    )
+    for row in rows:
+        cells = [
+            f"{times[name] * scale:>9.2f}{times[f'{name}_modelled'] * scale:>8.2f}"
+            f"{times[f'{name}_error']:>+7.0%}"
+            for times, scale in ((row["ttft_s"], 1), (row["itl_s"], 1000))
+            for name in ("p50", "p90")
+        ]
+        offload = "on" if row["offload"] else "off"
+        print(f"{row['tp']:4}{row['users']:>6}{offload:>8}{row['requests']:>5} " + "".join(cells), flush=True)
+    for name in ("p50", "p90"):
+        errors = [row[times][f"{name}_error"] for row in rows for times in ("ttft_s", "itl_s")]
+        within = sum(abs(error) <= CLOSE for error in errors)
+        print(f"{name}: {within} of {len(errors)} within {CLOSE:.0%}")
+
+
 def main() -> None:
-    """Fit and print."""
-    parser = argparse.ArgumentParser(description="Fit the engine model to measured requests.")
+    """Fit, replay, print."""
+    parser = argparse.ArgumentParser(description="Hold the engine model against measured engines.")
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="leave everything here too")
+    parser.add_argument(
+        "--kv-times",
+        type=int,
+        default=1,
+        metavar="N",
+        help="replay with N times the KV cache: is it to blame?",
+    )
     options = parser.parse_args()
-    found = summary(read(options.trace))
-    for tp, parts in found.items():
-        for part in ("prefill", "decode"):
-            values = "  ".join(f"{name} {value:.3e}" for name, value in parts[part].items())
-            print(f"{tp} {part:8} {values}  error {parts[part + '_error']}")
+    machine = describe_machine()
+    print(machine)
+    runs = read(options.trace)
+    found = fitted(runs)
+    print_fit(found)
+    rows = [compared(run, options.kv_times) for run in runs]
+    print_replay(rows)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        result = {
+            "bench": "calibration",
+            "machine": machine,
+            "fit": found,
+            "kv_times": options.kv_times,
+            "replay": rows,
+        }
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
