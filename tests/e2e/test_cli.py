@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import openai
 import pytest
 
 from dispatcher.local.processes import free_port
@@ -51,7 +52,10 @@ async def started(
             await process.communicate()
 
 
-COMMANDS = ["demo", "up", "dispatcher", "init", "replay", "audit", "agent", "engine-sim"]
+COMMANDS = [
+    *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "config", "doctor"),
+    *("agent", "engine-sim"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -156,7 +160,15 @@ async def test_up_is_ready_serves_a_request_and_leaves_nothing(tmp_path: Path) -
         async with asyncio.timeout(60):
             addresses = json.loads(await process.stdout.readline())
         children = children_of(process.pid)
-        assert len(children) >= 6
+        assert len(children) >= 7
+        async with openai.AsyncOpenAI(base_url=addresses["api"], api_key="any", max_retries=0) as api:
+            (model,) = (await api.models.list()).data
+            answer = await api.chat.completions.create(
+                model=model.id, messages=[{"role": "user", "content": "Hello"}], max_tokens=7
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 7
+            assert answer.choices[0].message.content
         code, out, err = await flexlb(
             "replay", "--kafka", addresses["kafka"], "--limit", "3", "--speed", "10", "--json"
         )
