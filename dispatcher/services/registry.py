@@ -120,6 +120,8 @@ class Registry:
             if known is None or known.incarnation != identity.incarnation:
                 await self._rebuild(node.name, "new" if known is None else "incarnation")
         self._metrics.view_partial_nodes.set(partial)
+        here = (node.name for node in self._fleet.nodes.values() if node.available)
+        self._metrics.index_mismatched_nodes.set(len(self._mismatched.intersection(here)))
         for name in [name for name in self._followed if name not in self._fleet.nodes]:
             del self._followed[name]
             self._index.forget(name)
@@ -145,7 +147,6 @@ class Registry:
                 seen_tokens=routing_block_size,
                 fix="give dispatchers and agents of a pool the same --block-size",
             )
-        self._metrics.index_mismatched_nodes.set(len(self._mismatched))
         return False
 
     def _apply(self, event: BlockEvent) -> str:

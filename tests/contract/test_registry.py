@@ -173,6 +173,9 @@ async def test_a_view_of_another_block_size_is_ignored_and_counted(stage: Stage)
     await scene.follow()
     assert scene.held() == {}
     assert scene.prometheus.get_sample_value("flexlb_index_mismatched_nodes") == 1
+    await scene.node(incarnation="mended", block=256)
+    await scene.follow()
+    assert scene.prometheus.get_sample_value("flexlb_index_mismatched_nodes") == 0
 
 
 @everywhere
