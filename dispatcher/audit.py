@@ -35,6 +35,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from dispatcher.backends.addresses import KAFKA_SERVERS, is_kafka_servers
 from dispatcher.errors import LogUnavailable, SettingsError
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, Lane, Names, Ref
@@ -567,8 +568,11 @@ async def audit(
         settle_s: how long to wait for outcomes that are missing.
         consumers: makes consumers shaped like aiokafka's; those of `bootstrap` when absent.
     Raises:
+        SettingsError: `bootstrap` is no list of brokers.
         LogUnavailable: the broker did not answer, or the pool's topics do not exist.
     """
+    if consumers is None and not is_kafka_servers(bootstrap):
+        raise SettingsError(f"--kafka: expected {KAFKA_SERVERS.expected}, seen {bootstrap!r}")
 
     def connect(*topics: str, **options: Any) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(*topics, bootstrap_servers=bootstrap, enable_auto_commit=False, **options)

@@ -2,13 +2,14 @@
 
 A command's module is imported only when it is the one asked for. Commands of other processes (`agent`,
 `engine-sim`) replace this process by theirs, so that nothing is imported across packages. Exit codes:
-0 done, 1 findings or a failed run, 2 wrong use, settings or servers.
+0 done, 1 findings or a failed run, 2 wrong use, settings or servers; 130 Ctrl-C, 141 output cut off.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -70,13 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in FORWARDED:
         module = FORWARDED[arguments[0]][1]
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments[1:]])
+    # Commands that configure no logging tell what went wrong themselves: not the client library, twice.
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
     parser = build_parser(arguments[0] if arguments else "")
     options = parser.parse_args(arguments)
     try:
         code: int = asyncio.run(options.run(options))
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output, `head` perhaps, has left; what is buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except FlexLBError as error:
         _complain(options.command, error)
     except BaseExceptionGroup as group:

@@ -14,14 +14,14 @@ from typing import Any
 import redis.asyncio
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_servers, is_redis_url, masked
 from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
-from dispatcher.errors import SettingsError
+from dispatcher.errors import LogUnavailable, SettingsError
 
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
@@ -63,11 +63,21 @@ async def close_kafka_client(client: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class KafkaClients:
-    """Constructors of Kafka clients, each already pointed at the brokers."""
+    """Constructors of Kafka clients, each already pointed at the brokers; `bootstrap` is for messages."""
 
     consumer: Callable[..., Any]
     producer: Callable[..., Any]
     admin: Callable[..., Any]
+    bootstrap: str = ""
+
+    def unanswered(self, doing: str, error: BaseException) -> LogUnavailable:
+        """What whoever starts is told when the brokers did not do it."""
+        if isinstance(error, KafkaConnectionError | OSError):
+            return LogUnavailable(
+                f"{doing}: Kafka at {self.bootstrap} did not answer: start it, or set kafka (--kafka, "
+                "FLEXLB_KAFKA) to its bootstrap servers"
+            )
+        return LogUnavailable(f"{doing}: {error!r}")
 
 
 def connect_kafka(bootstrap: str) -> KafkaClients:
@@ -88,4 +98,4 @@ def connect_kafka(bootstrap: str) -> KafkaClients:
     def admin(**options: Any) -> AIOKafkaAdminClient:
         return AIOKafkaAdminClient(bootstrap_servers=bootstrap, **options)
 
-    return KafkaClients(consumer=consumer, producer=producer, admin=admin)
+    return KafkaClients(consumer=consumer, producer=producer, admin=admin, bootstrap=bootstrap)

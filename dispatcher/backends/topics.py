@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from aiokafka.admin import NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
 
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.errors import LogRefused, LogUnavailable
@@ -48,7 +49,7 @@ async def create_topics(
                     "min.insync.replicas": "2" if replication_factor > 2 else "1",
                 },
             )
-            response = await admin.create_topics([new])
+            response = await _create(admin, new)
             for name, code, *rest in response.topic_errors:
                 if code == 0:
                     created.append(name)
@@ -56,10 +57,20 @@ async def create_topics(
                     reason = rest[0] if rest and rest[0] else for_code(code).__name__
                     raise LogRefused(f"topic {name}: Kafka refused to create it: {reason}")
     except (KafkaError, OSError) as error:
-        raise LogUnavailable(f"create topics: {error!r}") from error
+        raise kafka.unanswered("create topics", error) from error
     finally:
         await admin.close()
     return created
+
+
+async def _create(admin: Any, new: NewTopic) -> Any:
+    """Ask the controller, which a broker that has just started may not know yet."""
+    for _ in range(LOOKS):
+        try:
+            return await admin.create_topics([new])
+        except AttributeError:  # the client looks up the address of a controller that it was not told
+            await asyncio.sleep(LOOK_S)
+    raise KafkaConnectionError("the brokers know no controller")
 
 
 async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[str, int]:
@@ -82,7 +93,7 @@ async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[s
                 return counts
             await asyncio.sleep(LOOK_S)
     except (KafkaError, OSError) as error:
-        raise LogUnavailable(f"topics: {error!r}") from error
+        raise kafka.unanswered("topics", error) from error
     finally:
         await admin.close()
     raise LogUnavailable(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.protocol.admin import ApiVersionRequest
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
@@ -42,9 +42,7 @@ async def ask_kafka(kafka: KafkaClients, names: Names, *, bootstrap: str, probe:
             broker_config = await _broker_config(admin, brokers)
             apis = await _apis(admin)
     except (KafkaError, OSError, TimeoutError) as error:
-        raise LogUnavailable(
-            f"Kafka at {bootstrap} did not answer: {error or type(error).__name__}"
-        ) from error
+        raise LogUnavailable(f"{bootstrap}: Kafka did not answer: {_in_words(error)}") from error
     finally:
         await admin.close()
     topics = {
@@ -59,6 +57,11 @@ async def ask_kafka(kafka: KafkaClients, names: Names, *, bootstrap: str, probe:
         broker_config=broker_config,
         probe=await _probe(kafka, names) if probe and topics[names.dead] is not None else None,
     )
+
+
+def _in_words(error: BaseException) -> str:
+    # Its own text repeats the address in the library's terms.
+    return "no connection" if isinstance(error, KafkaConnectionError) else str(error) or type(error).__name__
 
 
 def _topic(described: Mapping[str, Any], config: Mapping[str, str] | None) -> TopicFacts:

@@ -69,11 +69,10 @@ def version_of(apis: Mapping[int, int]) -> str:
 
 
 def _version(facts: KafkaFacts) -> Finding:
-    found = f"{facts.brokers} brokers at {facts.bootstrap}, Kafka {version_of(facts.apis)} by its APIs"
+    brokers = "1 broker" if facts.brokers == 1 else f"{facts.brokers} brokers"
+    found = f"{brokers} at {facts.bootstrap}, Kafka {version_of(facts.apis)} by its APIs"
     if not facts.apis:
-        return Finding(
-            check="kafka version", status=Status.UNKNOWN, found=f"{facts.brokers} brokers; no APIs were told"
-        )
+        return Finding(check="kafka version", status=Status.UNKNOWN, found=f"{brokers}; no APIs were told")
     if not {INIT_PRODUCER_ID, TXN_OFFSET_COMMIT} <= facts.apis.keys():
         fix = "use Apache Kafka 2.7 or newer, or a broker that has transactions"
         return Finding(check="kafka version", status=Status.FAIL, found=f"{found}: no transactions", fix=fix)
@@ -95,7 +94,7 @@ def _topics(facts: KafkaFacts, needs: Needs) -> list[Finding]:
         f"--topic-replication {min(max(needs.replication, 1), facts.brokers)}"
     )
     return [
-        Finding(check="kafka topics", status=Status.FAIL, found=f"{name} does not exist", fix=fix)
+        Finding(check="kafka topics", status=Status.FAIL, found=f"{name}: missing", fix=fix)
         for name in missing
     ]
 

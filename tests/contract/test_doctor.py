@@ -163,7 +163,7 @@ async def test_topics_with_wrong_settings_are_found_one_by_one(
         ("kafka replication", FAIL),
     }
     assert statuses(findings, "kafka lanes") == {WARN}
-    assert f"{names.cancels} does not exist" in told(findings, "kafka topics")
+    assert f"{names.cancels}: missing" in told(findings, "kafka topics")
     assert f"{interactive}: timestamps are CreateTime" in told(findings, "kafka timestamps")
 
 

@@ -134,7 +134,7 @@ def test_a_cluster_as_it_should_be_is_all_ok() -> None:
             kafka_findings(replace(KAFKA, topics={**KAFKA.topics, BATCH: None}), NEEDS),
             "kafka topics",
             FAIL,
-            f"{BATCH} does not exist",
+            f"{BATCH}: missing",
         ),
         (
             kafka_findings(

@@ -80,3 +80,14 @@ async def test_wrong_value_is_told_by_the_process_it_belongs_to(process: str, va
         line for line in out.split() if line[0] == "["
     }
     assert "Traceback" not in err
+
+
+async def test_output_that_nobody_reads_to_its_end_is_no_failure_of_its_own() -> None:
+    process = await asyncio.create_subprocess_shell(
+        f"{sys.executable} -m dispatcher config dispatcher -v | true; exit ${{PIPESTATUS[0]}}",
+        stderr=asyncio.subprocess.PIPE,
+        executable="/bin/bash",
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 141
+    assert err == b""
