@@ -105,10 +105,10 @@ def read(path: Path) -> list[Run]:
         for setting, together in sorted(by_setting.items())
         for rows in _apart(sorted(together, key=lambda row: float(row["request_start_time"])))
     ]
-    return [replace(run, requests=_with_unrecorded(run, runs)) for run in runs]
+    return [replace(run, requests=with_unrecorded(run, runs)) for run in runs]
 
 
-def _with_unrecorded(run: Run, runs: Sequence[Run]) -> tuple[Measured, ...]:
+def with_unrecorded(run: Run, runs: Sequence[Run]) -> tuple[Measured, ...]:
     """Add what was in flight without an end when the run was stopped: only answers that ended have a record.
 
     Each run starts with the same users in the same order, so the first request of one that is missing is
@@ -149,7 +149,7 @@ def _run(setting: tuple[str, int, bool], rows: list[dict[str, str]]) -> Run:
         replies[one.user] = one.output * REPLY_SHARE
         if one.succeeded or one.ended_s - one.sent_s > REFUSED_S:
             requests.append(one)
-    return Run(tp=tp, users=users, offload=offload, requests=tuple(requests), heard_s=_heard_s(requests))
+    return Run(tp=tp, users=users, offload=offload, requests=tuple(requests), heard_s=heard_until(requests))
 
 
 def _measured(row: dict[str, str], began_s: float, reply: float) -> Measured:
@@ -169,7 +169,7 @@ def _measured(row: dict[str, str], began_s: float, reply: float) -> Measured:
     )
 
 
-def _heard_s(requests: Sequence[Measured]) -> float:
+def heard_until(requests: Sequence[Measured]) -> float:
     """When the load generator last heard something before its first long silence with two in flight."""
     events = sorted(
         event

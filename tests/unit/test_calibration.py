@@ -10,7 +10,7 @@ import pytest
 from dispatcher.simulation.profile import Profile
 from tests.bench.calibration_fit import COEFFICIENTS, fit
 from tests.bench.calibration_replay import predecessors, prompts, replay
-from tests.bench.calibration_trace import Measured, Run, _heard_s, _with_unrecorded
+from tests.bench.calibration_trace import Measured, Run, heard_until, with_unrecorded
 
 ENGINE = Profile(
     name="known",
@@ -120,13 +120,13 @@ def test_a_user_waits_for_its_own_family() -> None:
 def test_nothing_is_trusted_from_the_first_long_silence_on() -> None:
     talking = [replace(asked(number, number * 10.0, 10, 0), first_s=50.0, ended_s=90.0) for number in (1, 2)]
     after = [replace(asked(number, 95.0 + number, 10, 0), first_s=900.0, ended_s=910.0) for number in (3, 4)]
-    assert _heard_s([*talking, *after]) == 99.0
-    assert _heard_s(talking) == 90.0
+    assert heard_until([*talking, *after]) == 99.0
+    assert heard_until(talking) == 90.0
 
 
 def test_users_without_a_record_were_being_answered_until_the_end() -> None:
     whole = run_of(3, [replace(asked(number, 1.0, 100 * number, 0), ended_s=9.0) for number in (1, 2, 3)])
     partial = run_of(2, [replace(asked(1, 1.0, 100, 0), ended_s=50.0)])
-    recorded, added = _with_unrecorded(partial, [whole, partial])
+    recorded, added = with_unrecorded(partial, [whole, partial])
     assert recorded.user == "User-001"
     assert (added.user, added.prompt, added.succeeded, added.ended_s) == ("User-002", 200, False, 50.0)
