@@ -8,11 +8,17 @@ so both are minima of sets, kept in heaps with lazy deletion.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Iterable
+
+FEWEST_STALE = 1024
+"""Entries of heaps that are gone are swept out once they outnumber the others, and this."""
+MOST_ANSWERS = 4096
+"""Groups of answers told apart; beyond, neighbours are taken together, as if all came with the earlier."""
 
 
 class _Minimum:
-    """A set of offsets with a cheap minimum."""
+    """A set of offsets with a cheap minimum; a least one that stays for long keeps no others in memory."""
 
     def __init__(self, members: Iterable[int] = ()) -> None:
         self.members = set(members)
@@ -25,6 +31,8 @@ class _Minimum:
 
     def discard(self, offset: int) -> None:
         self.members.discard(offset)
+        if len(self._heap) > 2 * len(self.members) + FEWEST_STALE:
+            self._heap = sorted(self.members)
 
     def least(self) -> int | None:
         while self._heap and self._heap[0] not in self.members:
@@ -59,6 +67,8 @@ class SourceProgress:
         self._open = _Minimum([*open_below, *open_above])
         floor = max([next_read - 1, *self._taken_above], default=-1)
         self._answered_above: list[tuple[int, int]] = [(0, floor)]
+        """(transaction, highest offset that it answered), both rising: what was answered no later by one
+        that reaches no less far needs no entry."""
 
     def read(self, offset: int) -> bool:
         """Note that intake read `offset`; False when it is taken already and must be skipped."""
@@ -83,7 +93,20 @@ class SourceProgress:
         self._untaken.discard(offset)
         if offset in self._open.members:
             self._open.discard(offset)
-            heapq.heappush(self._answered_above, (transaction, offset))
+            self._note_answer(transaction, offset)
+
+    def _note_answer(self, transaction: int, offset: int) -> None:
+        answers = self._answered_above
+        if answers and answers[-1][1] >= offset:
+            return
+        if answers and answers[-1][0] == transaction:
+            answers.pop()
+        answers.append((transaction, offset))
+        if len(answers) > MOST_ANSWERS:
+            self._answered_above = [
+                (answers[at][0], answers[min(at + 1, len(answers) - 1)][1])
+                for at in range(0, len(answers), 2)
+            ]
 
     def excuse(self, offset: int) -> None:
         """Note that it needs no outcome of its own: it repeats another record."""
@@ -112,8 +135,15 @@ class SourceProgress:
         """How far reading is ahead of the *assigned* mark: bounds the set above it in Redis."""
         return self.next_read - self.assigned
 
+    def answering(self) -> list[int]:
+        """The transactions that `earliest_answer` may yet name, rising."""
+        self.earliest_answer()
+        return [transaction for transaction, _ in self._answered_above]
+
     def earliest_answer(self) -> int | None:
-        """The lowest transaction holding an outcome of an offset at or above the *finished* mark."""
-        while self._answered_above and self._answered_above[0][1] < self.finished:
-            heapq.heappop(self._answered_above)
-        return self._answered_above[0][0] if self._answered_above else None
+        """A transaction as early as each that holds an outcome of an offset at or above *finished*."""
+        answers, mark = self._answered_above, self.finished
+        passed = bisect_left(answers, mark, key=lambda answer: answer[1])
+        if passed:
+            del answers[:passed]
+        return answers[0][0] if answers else None

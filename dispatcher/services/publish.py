@@ -7,6 +7,7 @@ one reads `outcomes` before it publishes, so nothing is said twice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,6 +36,7 @@ from dispatcher.services.state import Bound, LeaderState
 READ_COUNT = 512
 READ_BLOCK_MS = 500
 LARGEST_OUTCOME_BYTES = 8 << 20
+FEWEST_STARTS = 4096
 RECOMMIT_S = 60.0
 """An idle pool's marks are committed again this often, so that retention of offsets never ends."""
 
@@ -66,6 +68,16 @@ class _Ending:
     job_to_delete: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Retry:
+    """A failed attempt that shall be bound again, and what its giving up would need."""
+
+    item: RetryItem
+    bound: Bound
+    entry: StreamEntry
+    failed: FailedAttempt
+
+
 class Publish:
     """Publishes one pool's outcomes.
 
@@ -91,6 +103,7 @@ class Publish:
         self._log = log
         self._positions = dict(positions)
         self._starts: dict[int, dict[str, int]] = {0: dict(floor)}
+        self._sweep_at = FEWEST_STARTS
         self._transaction = 0
         self._committed = dict(committed)
         self._committed_at = state.clock.monotonic()
@@ -114,7 +127,7 @@ class Publish:
     async def publish(self, entries: list[StreamEntry]) -> None:
         """Carry out one batch of closing entries."""
         endings: list[_Ending] = []
-        retries: list[tuple[RetryItem, Bound]] = []
+        retries: list[_Retry] = []
         for entry in entries:
             try:
                 ref = Ref.parse(entry.text("ref"))
@@ -127,7 +140,7 @@ class Publish:
                 self._state.metrics.foreign.inc()
                 self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
         if retries:
-            await self._retry(retries)
+            endings += await self._retry(retries)
         await self._publish(endings)
 
     async def _sort_failure(
@@ -135,7 +148,7 @@ class Publish:
         entry: StreamEntry,
         ref: Ref,
         endings: list[_Ending],
-        retries: list[tuple[RetryItem, Bound]],
+        retries: list[_Retry],
     ) -> None:
         state = self._state
         failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
@@ -173,7 +186,7 @@ class Publish:
             excluded=excluded,
             cause=failed.cause.value,
         )
-        retries.append((item, bound))
+        retries.append(_Retry(item=item, bound=bound, entry=entry, failed=failed))
 
     async def _stored(self, job: JobId) -> Bound | None:
         stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
@@ -186,10 +199,18 @@ class Publish:
             excluded=stored.excluded,
         )
 
-    async def _retry(self, retries: list[tuple[RetryItem, Bound]]) -> None:
-        items = [item for item, _ in retries]
-        await until_answered(lambda: self._store.retry(items), self._state.metrics)
-        for item, bound in retries:
+    async def _retry(self, retries: list[_Retry]) -> list[_Ending]:
+        """Put attempts back to pending; returns the endings of those whose job was deleted by other hands."""
+        state = self._state
+        items = [retry.item for retry in retries]
+        answers = await until_answered(lambda: self._store.retry(items), state.metrics)
+        endings = []
+        for retry, answer in zip(retries, answers, strict=True):
+            item, bound = retry.item, retry.bound
+            if answer == "missing":
+                verdict = GiveUp(reason=Reason.ATTEMPTS_EXHAUSTED)
+                endings.append(_given_up(retry.entry, item.job.ref, bound, retry.failed, verdict, state))
+                continue
             waiting = Waiting(
                 ref=item.job.ref,
                 envelope=bound.envelope,
@@ -197,7 +218,8 @@ class Publish:
                 failures=item.failures,
                 excluded=item.excluded,
             )
-            self._state.delay(waiting, item.not_before_ms)
+            state.delay(waiting, item.not_before_ms)
+        return endings
 
     async def _publish(self, endings: list[_Ending]) -> None:
         state = self._state
@@ -306,8 +328,15 @@ class Publish:
     def _prune(self) -> None:
         firsts = [progress.earliest_answer() for progress in self._state.progress.values()]
         needed = min((first for first in firsts if first is not None), default=self._transaction + 1)
-        for transaction in [t for t in self._starts if t < needed and t != self._transaction]:
-            del self._starts[transaction]
+        for transaction in list(itertools.takewhile(lambda t: t < needed, self._starts)):
+            if transaction != self._transaction:
+                del self._starts[transaction]
+        if len(self._starts) > self._sweep_at:
+            # One long generation keeps the first of them: most after it are not asked for.
+            kept = {t for progress in self._state.progress.values() for t in progress.answering()}
+            kept.add(self._transaction)
+            self._starts = {t: positions for t, positions in self._starts.items() if t in kept}
+            self._sweep_at = max(FEWEST_STARTS, 2 * len(self._starts))
         for source, progress in self._state.progress.items():
             self._state.metrics.finished_lag.labels(source).set(progress.open_count)
 

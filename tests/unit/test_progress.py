@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.progress import FEWEST_STALE, MOST_ANSWERS, SourceProgress
 
 
 class Marks(RuleBasedStateMachine):
@@ -155,3 +155,38 @@ def test_what_a_former_leader_took_is_skipped_once() -> None:
     progress.finish(6, 1)
     assert not progress.is_open(6)
     assert progress.finished == 5
+
+
+def test_a_request_that_runs_for_a_day_keeps_little_of_those_after_it() -> None:
+    count = 20 * MOST_ANSWERS
+    progress = SourceProgress(next_read=0)
+    progress.read(0)
+    progress.take(0)
+    for offset in range(1, count):
+        progress.read(offset)
+        progress.take(offset)
+        progress.finish(offset, offset)
+    assert len(progress._open._heap) + len(progress._untaken._heap) <= 2 * FEWEST_STALE + 4
+    assert len(progress.answering()) <= MOST_ANSWERS
+    assert progress.earliest_answer() == 0
+    progress.read(count)
+    progress.finish(0, count)
+    earliest = progress.earliest_answer()
+    assert earliest is None
+    progress.read(count + 1)
+    progress.finish(count + 1, count + 1)
+    assert progress.earliest_answer() == count + 1
+
+
+def test_answers_taken_together_begin_no_later_than_they_did() -> None:
+    progress = SourceProgress(next_read=0)
+    count = 3 * MOST_ANSWERS
+    for offset in range(count + 1):
+        progress.read(offset)
+    for offset in range(1, count, 2):
+        progress.finish(offset, offset)
+    for mark in range(0, count, 2):
+        earliest = progress.earliest_answer()
+        assert earliest is not None
+        assert earliest <= mark + 1
+        progress.finish(mark, count + mark)
