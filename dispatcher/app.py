@@ -169,6 +169,7 @@ class Dispatcher:
                 requests,
                 endings,
                 limits=self._limits(requests),
+                block_size=settings.block_size,
                 window_requests=settings.window_requests,
                 window_bytes=settings.window_bytes,
                 carried_bytes=settings.carried_bytes,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dispatcher.backends.addresses import HttpUrl, KafkaServers, RedisUrl
+from dispatcher.backends.addresses import HttpUrl, KafkaServers, MaybeZeroMQ, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN, node_name_from_host
 from dispatcher.protocol.node import Role
 
@@ -48,12 +48,12 @@ class AgentSettings(BaseSettings):
     engine_version: str = Field(
         default="", max_length=80, description="the engine's version; asked of the engine when absent"
     )
-    kv_events_endpoint: str = Field(
+    kv_events_endpoint: MaybeZeroMQ = Field(
         default="",
         description="the engine's KV events on ZeroMQ: tcp://host:port connects, tcp://*:port binds; "
         "none when absent",
     )
-    kv_replay_endpoint: str = Field(default="", description="where the engine replays KV events")
+    kv_replay_endpoint: MaybeZeroMQ = Field(default="", description="where the engine replays KV events")
     kv_events_topic: str = Field(default="", description="topic of the KV events; all when absent")
     max_view_blocks: int = Field(
         default=2_000_000, ge=1000, description="engine blocks kept of the cache view; beyond, it is partial"

@@ -16,6 +16,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 _BROKER = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:/,\[\]]+)(?::(\d{1,5}))?")
+_ZEROMQ = re.compile(r"tcp://(?:\*|\[[0-9a-fA-F:.]+\]|[^\s:/,\[\]*]+):(\d{1,5})")
 _PASSWORD = re.compile(r"(?<=://)([^:/\s]*):([^/\s]*)@|(?<=[?&]password=)[^&\s]*")
 
 
@@ -65,6 +66,14 @@ def is_http_url(text: str) -> bool:
         return False
 
 
+def is_zeromq_endpoint(text: str) -> bool:
+    """Whether a text is an endpoint to connect to, or with '*' for its host to bind."""
+    if text.startswith("ipc://"):
+        return len(text) > len("ipc://")
+    found = _ZEROMQ.fullmatch(text)
+    return found is not None and int(found[1]) < 65536
+
+
 REDIS_URL = Form("a URL like redis://host:6379/0", is_redis_url)
 KAFKA_SERVERS = Form("host:port[,host:port]", is_kafka_servers)
 HTTP_URL = Form("an address like http://host:8000", is_http_url)
@@ -75,6 +84,10 @@ MaybeRedisUrl = Annotated[
 ]
 KafkaServers = Annotated[str, KAFKA_SERVERS]
 HttpUrl = Annotated[str, HTTP_URL]
+MaybeZeroMQ = Annotated[
+    str,
+    Form("tcp://host:port, tcp://*:port or nothing", lambda text: not text or is_zeromq_endpoint(text)),
+]
 
 
 def masked(value: object) -> str:

@@ -36,6 +36,7 @@ class Intake:
         endings: Endings,
         *,
         limits: AdmissionLimits,
+        block_size: int,
         window_requests: int,
         window_bytes: int,
         carried_bytes: int,
@@ -45,6 +46,8 @@ class Intake:
         self._log = log
         self._endings = endings
         self._limits = limits
+        self._block_size = block_size
+        self._told_of_blocks = False
         self._window_requests = window_requests
         self._window_bytes = window_bytes
         self._carried_bytes = carried_bytes
@@ -115,9 +118,25 @@ class Intake:
                 if not await self._is_repeated(record, envelope) and not await self._is_hopeless(
                     record, envelope
                 ):
+                    self._check_blocks(envelope)
                     state.enter(Waiting(ref=ref, envelope=envelope, data=data))
                     if state.early_cancels.pop((envelope.tenant, envelope.id), None) is not None:
                         doom_cancelled(self._endings, envelope)
+
+    def _check_blocks(self, envelope: Envelope) -> None:
+        """Count a request whose hashes can match no node's view; it is served all the same."""
+        if envelope.text_hashed or not envelope.block_hashes or envelope.block_size == self._block_size:
+            return
+        self._state.metrics.block_size_mismatches.inc()
+        if not self._told_of_blocks:
+            self._told_of_blocks = True
+            self._state.log.warning(
+                "a request's routing block differs: its prefix is not looked up in any cache view",
+                id=envelope.id,
+                expected_tokens=self._block_size,
+                seen_tokens=envelope.block_size,
+                fix="give dispatchers and whoever hashes prompts the same block_size",
+            )
 
     def _batch_limits(self) -> AdmissionLimits:
         limits = self._limits

@@ -173,6 +173,22 @@ async def test_hostile_ids_reach_no_name(served: Pool) -> None:
     assert all(key.isascii() and "etc" not in key and "FLUSHALL" not in key for key in keys)
 
 
+async def test_request_hashed_in_other_blocks_is_served_and_counted(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        dispatcher = one.dispatcher()
+        counted = dispatcher.metrics.block_size_mismatches._value
+        async with one.running(dispatcher), one.running(ScriptedNode(one, "n1")):
+            for size in (256, 512):
+                tokens = {"count": 600, "block_size": size, "block_hashes": ["724a45aab967ce62"]}
+                await one.append(request(f"r{size}", tokens=tokens))
+                assert (await one.outcome(f"r{size}")).kind is OutcomeKind.COMPLETED
+            await one.append(request("text", body={"prompt": "x" * 9000, "max_tokens": 1}))
+            assert (await one.outcome("text")).kind is OutcomeKind.COMPLETED
+            assert counted.get() == 1
+
+
 async def test_large_body_travels_by_reference(served: Pool) -> None:
     prompt = "y" * 200_000
     await served.append(request("large", body={"prompt": prompt, "max_tokens": 1}, tokens={"count": 900}))

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic_settings import BaseSettings
 
-from dispatcher.backends.addresses import is_http_url, is_kafka_servers, is_redis_url, masked
+from dispatcher.backends.addresses import (
+    is_http_url,
+    is_kafka_servers,
+    is_redis_url,
+    is_zeromq_endpoint,
+    masked,
+)
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.effective_settings import print_effective, rows_of
 from dispatcher.backends.environment import (
@@ -232,6 +238,18 @@ def test_passwords_are_masked(value: str, shown: str) -> None:
             is_kafka_servers,
             ["h", "h:1", "a:1,b:2", "a:1, b:2", "[::1]:9092", "127.0.0.1:65535"],
             ["", "h:", "h:x", "h:0", "h:65536", "a:1,", "http://h:1", "a b:1", ":9092"],
+        ),
+        (
+            is_zeromq_endpoint,
+            [
+                "tcp://h:1",
+                "tcp://*:5557",
+                "tcp://127.0.0.1:5557",
+                "tcp://[::1]:1",
+                "ipc:///run/kv",
+                "tcp://*:0",
+            ],
+            ["", "h:1", "tcp://h", "tcp://:1", "tcp://h:99999", "http://h:1", "ipc://"],
         ),
         (
             is_http_url,

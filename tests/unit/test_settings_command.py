@@ -91,3 +91,15 @@ async def test_output_that_nobody_reads_to_its_end_is_no_failure_of_its_own() ->
     _, err = await process.communicate()
     assert process.returncode == 141
     assert err == b""
+
+
+async def test_agent_refuses_to_start_when_the_engine_s_block_does_not_divide_the_pool_s() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "workers_agent", "--models=m", "--engine-url=http://127.0.0.1:1"),
+        *("--engine-block-size=48", "--kv-events-endpoint=tcp://127.0.0.1:5557"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert "flexlb agent: --block-size: expected a multiple of the engine's KV block of 48" in err.decode()
+    assert "Traceback" not in err.decode()
