@@ -3,6 +3,9 @@
 Its deployments hold their settings as JSON in a few variables. `ROWS` says for each key what it sets
 here, or why it sets nothing; whatever sets nothing is named in a warning, never dropped. Every other
 source of settings wins over these documents.
+
+A field of its FLEXLB_CONFIG is also a variable there (`LOAD_BALANCE_STRATEGY`), which wins over the
+document. Names like that may belong to anything, so they are looked at only beside a document.
 """
 
 from __future__ import annotations
@@ -227,7 +230,9 @@ ROWS: tuple[Row, ...] = (
         why=_BOUNDED,
     ),
     *_behaviour(
-        "decodeConcurrencyLimit", why="each agent says how much it runs at once; see max_running", skip=(0,)
+        "decodeConcurrencyLimit",
+        why="each agent says how much it runs at once; see max_running",
+        skip=(0, "0"),
     ),
     *_behaviour("flexlbInflightTtlMs", why="claims have a lease that agents prolong; see claim_lease_s"),
     *_behaviour(
@@ -279,6 +284,27 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+_REPORTED = "agents report by themselves, at once when something changes; see report_interval_s"
+_SILENCE = "a node's silence is counted by its reports; see heartbeat_ttl_s"
+VARIABLES: tuple[tuple[str, str], ...] = (
+    ("SYNC_STATUS_INTERVAL", _REPORTED),
+    ("SYNC_REQUEST_TIMEOUT_MS", _REPORTED),
+    ("VIT_SYNC_REQUEST_TIMEOUT_MS", _REPORTED),
+    ("CACHE_STATUS_DIFF_SIZE", _REPORTED),
+    ("WORKER_CLEAN_INTERVAL_MS", _SILENCE),
+    ("WORKER_TIMEOUT_US", _SILENCE),
+    ("VIT_WORKER_TIMEOUT_US", _SILENCE),
+    ("VIT_RETAIN_ALIVE_ON_TIMEOUT", _SILENCE),
+    ("PREFILL_TIME_FORMULA", _LEARNED),
+    ("FLEXLB_GRPC_EXECUTOR_*", _THREADS),
+    ("FLEXLB_MONITOR_MODE", "every metric is exposed: their number does not grow with the fleet"),
+    ("HIPPO_ROLE", "dispatchers that share a pool elect a leader; see pool"),
+    ("TRAFFIC_POLICY_CONFIG_FILE", "there are no groups; use a pool or a model name for each"),
+    ("DOMAIN_ADDRESS:*", "engines are named by engine_url; name resolution is the system's"),
+)
+"""Variables of the original that are no documents, by pattern, and why each sets nothing here."""
+
+
 @dataclass(kw_only=True)
 class Legacy:
     """What the documents set for one process: value and where it stands, by setting; and what to say."""
@@ -310,11 +336,17 @@ def read_legacy(
     legacy = Legacy()
     engines: dict[str, list[Engine]] = {}
     problems = []
+    overriding = _overriding(environ)
+    if table == BEHAVIOUR.owner:
+        legacy.warnings += _unused_variables(environ)
     for document in DOCUMENTS:
         variable, content = _load(document, environ, table, legacy.warnings)
-        for key, value in _flatten(content):
-            row = next((row for row in ROWS if row.document is document and fnmatchcase(key, row.key)), None)
-            source = f"{variable}: {key}"
+        entries = [(key, value, f"{variable}: {key}") for key, value in _flatten(content)]
+        if document is BEHAVIOUR:
+            entries = [entry for entry in entries if entry[0] not in overriding]
+            entries += [(key, environ[name], name) for key, name in overriding.items()]
+        for key, value, source in entries:
+            row = _row_of(document, key)
             if row is None:
                 if table == document.owner:
                     legacy.warnings.append(f"{source}: not used: {_unknown(document, key)}")
@@ -340,6 +372,40 @@ def read_legacy(
     for variable, found in engines.items():
         _adopt(legacy, found, variable, table, hosts)
     return legacy
+
+
+def _row_of(document: Document, key: str) -> Row | None:
+    return next((row for row in ROWS if row.document is document and fnmatchcase(key, row.key)), None)
+
+
+def _is_of_original(environ: Mapping[str, str]) -> bool:
+    return any(environ.get(name, "").strip() for document in DOCUMENTS for name in document.variables)
+
+
+def _overriding(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that are fields of the behaviour document, by the field's key."""
+    if not _is_of_original(environ):
+        return {}
+    found = {}
+    for name in environ:
+        first, *others = name.lower().split("_")
+        key = first + "".join(map(str.capitalize, others))
+        row = _row_of(BEHAVIOUR, key) if name.isupper() else None
+        # Thread pools have names like HTTP_PROXY.
+        if row is not None and row.why != _THREADS:
+            found[key] = name
+    return found
+
+
+def _unused_variables(environ: Mapping[str, str]) -> list[str]:
+    if not _is_of_original(environ):
+        return []
+    return [
+        f"{name}: not used: {why}"
+        for name in environ
+        for pattern, why in VARIABLES
+        if fnmatchcase(name, pattern)
+    ]
 
 
 def _load(

@@ -18,6 +18,7 @@ from dispatcher.backends.legacy_environment import (
     SERVICES,
     STRATEGIES,
     TRAFFIC,
+    VARIABLES,
     Row,
     own_hosts,
     read_legacy,
@@ -240,6 +241,38 @@ def test_document_inside_a_deployment_template_is_found() -> None:
     assert (values, warnings) == ({"dispatcher.policy": "random"}, [])
     with pytest.raises(SettingsError, match="seen a deployment without it; set FLEXLB_CONFIG itself"):
         read_legacy({"WHALE_MASTER_CONFIG": '{"zone_process_setting": {}}'}, "dispatcher")
+
+
+def test_a_variable_of_a_field_wins_over_the_document() -> None:
+    environ = {
+        "FLEXLB_CONFIG": '{"loadBalanceStrategy": "RANDOM", "scoreTieThresholdPct": 0.2}',
+        "LOAD_BALANCE_STRATEGY": "ROUND_ROBIN",
+        "COST_SLO_MS": "500",
+        "HTTP_PROXY": "http://proxy:3128",
+        "batchSize": "1",
+    }
+    legacy = read_legacy(environ, "dispatcher")
+    assert legacy.values == {
+        "policy": ("round_robin", "LOAD_BALANCE_STRATEGY"),
+        "near_tie": (0.2, "FLEXLB_CONFIG: scoreTieThresholdPct"),
+    }
+    assert len(legacy.warnings) == 1
+    assert legacy.warnings[0].startswith("COST_SLO_MS: not used: the cost of a prefill is learned")
+    with pytest.raises(SettingsError, match=r"^WORKER_TIMEOUT_MS: expected a number of milliseconds, seen"):
+        read_legacy({**environ, "WORKER_TIMEOUT_MS": "long"}, "dispatcher")
+
+
+@pytest.mark.parametrize(("pattern", "why"), VARIABLES)
+def test_each_variable_that_is_no_document_says_why_it_sets_nothing(pattern: str, why: str) -> None:
+    name = pattern.replace("*", "ANY")
+    _, warnings = read("dispatcher", {"FLEXLB_CONFIG": "{}", name: "1"})
+    assert warnings == [f"{name}: not used: {why}"]
+    assert read("agent", {"FLEXLB_CONFIG": "{}", name: "1"}) == ({}, [])
+
+
+def test_without_a_document_no_variable_is_taken_for_the_original_s() -> None:
+    environ = {"LOAD_BALANCE_STRATEGY": "RANDOM", "BATCH_SIZE": "8", "SYNC_STATUS_INTERVAL": "20"}
+    assert read("dispatcher", environ) == ({}, [])
 
 
 def services(**endpoints: object) -> dict[str, str]:
