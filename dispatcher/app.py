@@ -33,6 +33,7 @@ from dispatcher.services.partitions import Partitions
 from dispatcher.services.publish import Publish
 from dispatcher.services.recover import LastSeen, Recovery
 from dispatcher.services.registry import Registry
+from dispatcher.services.retention import Retention
 from dispatcher.services.state import LeaderState
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
@@ -204,7 +205,10 @@ class Dispatcher:
             expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
             cancels = Cancels(state, CancelLog(self._kafka, names), endings)
             partitions = Partitions(requests, self._log)
-            services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions)
+            retention = Retention(
+                state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000)
+            )
+            services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions, retention)
             await run_together(**{type(service).__name__: service.run() for service in services})
         finally:
             self._last_seen = LastSeen(generation=state.generation, counter=store.counter)

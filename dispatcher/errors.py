@@ -11,6 +11,7 @@
     +-- GenerationLost           Redis lost data or went back in time: recover from Kafka
     +-- Fenced                   this incarnation of a node was fenced: abort and register anew
     +-- LogUnavailable           Kafka did not answer: try again
+    |   +-- RecordTooLarge       Kafka answered that a record is above the topic's limit
     +-- LogRefused               Kafka answered that the request itself is wrong
 
 Expected endings of a request are values (`protocol.outcome`), never exceptions.
@@ -61,6 +62,10 @@ class Fenced(FlexLBError):
 
 class LogUnavailable(FlexLBError):
     """Kafka did not answer."""
+
+
+class RecordTooLarge(LogUnavailable):
+    """A record is above what its topic takes; nothing of the transaction was written."""
 
 
 class LogRefused(FlexLBError):

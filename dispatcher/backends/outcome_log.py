@@ -14,14 +14,19 @@ from typing import Any
 
 import msgspec
 from aiokafka import TopicPartition
-from aiokafka.errors import GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    MessageSizeTooLargeError,
+    NotCoordinatorForGroupError,
+    RecordListTooLargeError,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
 from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.request_log import source_of
 from dispatcher.backends.topics import partition_counts
-from dispatcher.errors import LogUnavailable
+from dispatcher.errors import LogUnavailable, RecordTooLarge
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import OutcomeHead
@@ -72,8 +77,11 @@ class OutcomeLog:
     def __init__(self, kafka: KafkaClients, names: Names) -> None:
         self._kafka = kafka
         self._names = names
-        self._producer = kafka.producer(
-            transactional_id=names.transactional_id,
+        self._producer = self._new_producer()
+
+    def _new_producer(self) -> Any:
+        return self._kafka.producer(
+            transactional_id=self._names.transactional_id,
             enable_idempotence=True,
             acks="all",
             linger_ms=0,
@@ -105,6 +113,7 @@ class OutcomeLog:
         Returns:
             The position after the last record, by partition of `outcomes` written to.
         Raises:
+            RecordTooLarge: a record is above its topic's limit; the transaction was aborted.
             LogUnavailable: it failed or nobody knows: read `outcomes` again before going on.
         """
         names = self._names
@@ -131,6 +140,14 @@ class OutcomeLog:
                 for future in futures:
                     written = await future
                     after[written.partition] = max(after.get(written.partition, 0), written.offset + 1)
+        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+            # The client counts the refused record as written: its next one would be out of sequence.
+            await close_kafka_client(self._producer)
+            self._producer = self._new_producer()
+            await self.start()
+            raise RecordTooLarge(
+                f"outcome log: {error!r}; raise max.message.bytes of {names.outcomes}"
+            ) from error
         except NO_ANSWER as error:
             raise LogUnavailable(f"outcome log: {error!r}") from error
         return after

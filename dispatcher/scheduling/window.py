@@ -181,6 +181,10 @@ class Window:
             queue = self._queues[(waiting.ref.lane, waiting.envelope.model)]
             heapq.heappush(queue, self._order(waiting))
 
+    def hurry_batch_after(self, wait_ms: int) -> None:
+        """Let a batch request compete as interactive after this time, if that is sooner."""
+        self._max_batch_wait_ms = min(self._max_batch_wait_ms, wait_ms)
+
     def models(self) -> set[str]:
         """Models that something waits for."""
         return {model for _, model in self._queues}

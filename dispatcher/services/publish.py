@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import msgspec
@@ -17,6 +17,7 @@ import msgspec
 from dispatcher.backends.leader_store import LeaderStore, RetryItem
 from dispatcher.backends.outcome_log import CommitNote, OutcomeLog, Publication
 from dispatcher.backends.store_view import StoreView, StreamEntry
+from dispatcher.errors import RecordTooLarge
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import (
@@ -36,6 +37,8 @@ from dispatcher.services.state import Bound, LeaderState
 READ_COUNT = 512
 READ_BLOCK_MS = 500
 LARGEST_OUTCOME_BYTES = 8 << 20
+SMALL_OUTCOME_BYTES = 512 << 10
+"""Taken by every topic: Kafka's own limit for records is 1 MiB."""
 FEWEST_STARTS = 4096
 RECOMMIT_S = 60.0
 """An idle pool's marks are committed again this often, so that retention of offsets never ends."""
@@ -270,9 +273,12 @@ class Publish:
             counter=self._store.counter,
         )
         began = state.clock.monotonic()
-        after = await self._log.publish(
-            [ending.publication for ending in fresh.values() if ending.publication], finished, note
-        )
+        publications = [ending.publication for ending in fresh.values() if ending.publication]
+        try:
+            after = await self._log.publish(publications, finished, note)
+        except RecordTooLarge as error:
+            state.log.error("outcomes published without their text", error=str(error))
+            after = await self._log.publish(list(map(_small, publications)), finished, note)
         self._positions.update(after)
         self._committed.update(finished)
         self._committed_at = state.clock.monotonic()
@@ -356,6 +362,13 @@ def _published_ending(entry: StreamEntry, ref: Ref) -> _Ending:
         outcome = _without_text(outcome)
     publication = Publication(key=id.encode(), outcome=outcome, dead=dead)
     return _Ending(entry=entry.id, ref=ref, id=id, publication=publication)
+
+
+def _small(publication: Publication) -> Publication:
+    """What also a topic with Kafka's default limit takes."""
+    if len(publication.outcome) <= SMALL_OUTCOME_BYTES:
+        return publication
+    return replace(publication, outcome=_without_text(publication.outcome))
 
 
 def _without_text(payload: bytes) -> bytes:

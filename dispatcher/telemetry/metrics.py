@@ -53,6 +53,12 @@ class DispatcherMetrics:
         self.lost_to_retention = Gauge(
             "flexlb_lost_to_retention", "Records deleted before they were read", ["source"], registry=registry
         )
+        self.retention_short = Gauge(
+            "flexlb_retention_short",
+            "1 where a topic may drop records within twice the longest deadline",
+            ["topic"],
+            registry=registry,
+        )
         self.adopted = Counter(
             "flexlb_adopted", "Running attempts adopted after Redis lost data", registry=registry
         )

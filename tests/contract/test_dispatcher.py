@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.admin import NewPartitions
 
 from dispatcher.backends.connect import KafkaClients
@@ -381,6 +382,51 @@ async def test_all_redis_data_lost_runs_only_the_rest_again(
             for number in range(5):
                 await one.outcome(f"during{number}")
             await one.append(request("before3"))
+async def configure(pool: Pool, topic: str, config: dict[str, str]) -> None:
+    """Change a topic's configuration, as an operator may have made it."""
+    admin = pool.clients.admin()
+    await admin.start()
+    try:
+        everything = {"message.timestamp.type": "LogAppendTime", "min.insync.replicas": "1", **config}
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, everything)])
+    finally:
+        await admin.close()
+
+
+async def test_an_answer_too_large_for_the_topic_loses_its_text_only(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        await configure(one, one.names.outcomes, {"max.message.bytes": "1048588"})
+        node = ScriptedNode(one, "n1")
+        node.answer = "x" * (2 << 20)
+        async with one.running(one.dispatcher()), one.running(node):
+            await one.append(request("large"))
+            outcome = await one.outcome("large")
+            assert outcome.kind is OutcomeKind.COMPLETED
+            assert not outcome.choices
+            assert "on the reply topic only" in outcome.message
+            node.answer = "small"
+            await one.append(request("small"))
+            assert (await one.outcome("small")).choices[0].text == "small"
+
+
+async def test_short_retention_is_told_and_hurries_batch(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        batch = one.names.requests(Lane.BATCH)
+        await configure(one, batch, {"retention.ms": "60000"})
+        async with one.running(one.dispatcher()) as dispatcher, one.running(ScriptedNode(one, "n1")):
+            await one.append(request("r1"))
+            await one.outcome("r1")
+            told = dispatcher.metrics.retention_short
+            await wait_until(lambda: told.labels(batch)._value.get() == 1, "the alarm")
+            assert told.labels(one.names.requests(Lane.INTERACTIVE))._value.get() == 0
+            assert dispatcher.state is not None
+            assert dispatcher.state.window._max_batch_wait_ms == 30_000
+
+
             await one.append(request("last"))
             await one.outcome("last")
         assert all(len(one.of(f"before{number}")) == 1 for number in range(20))

@@ -27,6 +27,7 @@ from dispatcher.protocol.assignment import Work, decode_job_data
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.node import NodeIdentity, NodeReport
 from dispatcher.protocol.outcome import (
+    Choice,
     DeadLetter,
     FailedAttempt,
     FailureCause,
@@ -65,6 +66,7 @@ class ScriptedNode:
         self.claimed: list[Claimed] = []
         self.works: list[Work] = []
         self.holds = False
+        self.answer = ""
         self.store = NodeStore(ScriptRunner(pool.redis), pool.names, name, heartbeat_ttl_s=2.0, lease_s=10.0)
         self._claims = 0
         self._sequence = 0
@@ -117,6 +119,7 @@ class ScriptedNode:
             reason=Reason.FINISHED,
             fingerprint=work.fingerprint,
             node=self.name,
+            choices=(Choice(text=self.answer),) if self.answer else (),
         )
         return Ending(job=job.job, kind="outcome", ref=work.ref, id=work.id, payload=codec.encode(outcome))
 

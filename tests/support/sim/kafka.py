@@ -1541,6 +1541,11 @@ class SimAdmin:
             for name in (metadata if topics is None else topics)
         ]
 
+    async def describe_configs(self, config_resources: Sequence[Any], *_: Any) -> list[Any]:
+        """Nothing: this log keeps everything."""
+        await self._link.ask("describe configs", lambda: None)
+        return []
+
     async def list_consumer_group_offsets(
         self,
         group_id: str,
