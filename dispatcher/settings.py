@@ -36,7 +36,7 @@ class DispatcherSettings(BaseSettings):
         default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
     )
     work_weight: float = Field(
-        default=2.0, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
+        default=3.0, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
     )
     lambda_kv_s: float = Field(
         default=0.15, ge=0, le=10, description="weight of KV pressure k/(1-k), seconds"

@@ -53,7 +53,7 @@ class SchedulingParameters:
         block_size: tokens of a routing block.
     """
 
-    work_weight: float = 2.0
+    work_weight: float = 3.0
     lambda_kv_s: float = 0.15
     near_tie: float = 0.05
     sampled: int = 16
