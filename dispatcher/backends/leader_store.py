@@ -223,12 +223,28 @@ class LeaderStore:
             arguments += (entry, job)
         await self._run_counted("settle", (names.closing, names.settled), arguments)
 
-    async def admit(self, node: str, *, forget: bool = False) -> None:
-        """Enter a node into the shared sets, or take it out."""
+    async def admit(self, node: str) -> None:
+        """Enter a node into the shared sets."""
+        await self._enter(node, "admit")
+
+    async def forget(self, node: str) -> bool:
+        """Take a node out of the shared sets; False when it lives or holds work."""
+        return await self._enter(node, "forget")
+
+    async def _enter(self, node: str, mode: str) -> bool:
         names = self.names
-        keys = (names.nodes, "rq:queues", "rq:workers", f"rq:workers:{names.queue(node)}")
-        arguments = [node, names.queue_key(node), names.worker(node), "forget" if forget else "admit"]
-        await self._run_counted("admit", keys, arguments)
+        keys = (
+            names.nodes,
+            "rq:queues",
+            "rq:workers",
+            f"rq:workers:{names.queue(node)}",
+            names.node(node),
+            names.claimed(node),
+            names.queue_key(node),
+            names.intermediate(node),
+        )
+        arguments = [node, names.queue_key(node), names.worker(node), mode]
+        return bool(await self._run_counted("admit", keys, arguments))
 
     async def begin_generation(
         self, generation: str, marks: Mapping[str, int], above: Mapping[str, Sequence[int]]

@@ -29,6 +29,7 @@ RESYNC_S = 5.0
 REAP_S = 2.0
 GENERATION_CHECK_S = 1.0
 RECONCILE_S = 2.0
+FORGET_S = 60.0
 
 
 def _order(id: bytes) -> tuple[int, int]:
@@ -161,6 +162,7 @@ class Guard:
         self._reaped_at = 0.0
         self._checked_at = 0.0
         self._reconciled_at = 0.0
+        self._forgot_at = 0.0
         self._astray: dict[str, str] = {}
 
     async def run(self) -> None:
@@ -188,6 +190,7 @@ class Guard:
         await self._reap()
         await self._check_generation()
         await self._reconcile()
+        await self._forget_gone()
         state.metrics.nodes.labels("available").set(len(heard))
         state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
         state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
@@ -243,6 +246,23 @@ class Guard:
                 state.unbind(ref)
                 await self._load_pending([Ref.parse(ref)])
         self._astray = astray
+
+    async def _forget_gone(self) -> None:
+        """Forget nodes that Redis keeps nothing of: gone for an hour, as where each start has a new name."""
+        now_s = self._state.clock.monotonic()
+        if now_s - self._forgot_at < FORGET_S:
+            return
+        self._forgot_at = now_s
+        fleet, metrics = self._mirror.fleet, self._state.metrics
+        names = set(await until_answered(self._view.node_names, metrics)) | set(fleet.nodes)
+        stored = await until_answered(lambda: self._view.nodes(sorted(names)), metrics)
+        for name in sorted(names - {node.node for node in stored}):
+            known = fleet.nodes.get(name)
+            if known is not None and (known.available or known.held):
+                continue
+            if await until_answered(lambda node=name: self._store.forget(node), metrics):  # type: ignore[misc]
+                fleet.forget(name)
+                self._state.log.info("node forgotten", node=name)
 
     async def _reap(self) -> None:
         now_s = self._mirror.healthy.now_s

@@ -361,6 +361,28 @@ async def test_silent_node_is_fenced_and_its_work_moves(
             await one.append(request("moves"))
             await wait_until(lambda: bool(silent.claimed), "the claim")
         async with one.running(ScriptedNode(one, "n2")):
+async def test_a_node_that_is_gone_for_good_is_forgotten(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "FORGET_S", 0.2)
+    async with (
+        Pool(kafka_clients, valkey.url, pool, heartbeat_ttl_s=1.0) as one,
+        one.running(one.dispatcher()) as dispatcher,
+        one.running(ScriptedNode(one, "stays")),
+    ):
+        fleet = dispatcher.mirror.fleet
+        async with one.running(ScriptedNode(one, "goes")):
+            await wait_until(lambda: set(fleet.nodes) == {"stays", "goes"}, "both nodes")
+        await wait_until(lambda: not fleet.nodes["goes"].available, "it to be fenced")
+        assert set(await one.redis.smembers(one.names.nodes)) == {b"stays", b"goes"}
+        await one.redis.delete(one.names.node("goes"))  # as it expires after an hour
+        await wait_until(lambda: set(fleet.nodes) == {"stays"}, "it to be forgotten")
+        assert await one.redis.smembers(one.names.nodes) == {b"stays"}
+        assert not await one.redis.exists(f"rq:workers:{one.names.queue('goes')}")
+        await one.append(request("r1"))
+        assert (await one.outcome("r1")).node == "stays"
+
+
             outcome = await one.outcome("moves")
             assert outcome.node == "n2"
             assert len(one.of("moves")) == 1
@@ -377,6 +399,11 @@ async def test_all_redis_data_lost_runs_only_the_rest_again(
                 await one.outcome(f"before{number}")
         for number in range(5):
             await one.append(request(f"during{number}"))
+            await one.append(request("last"))
+            await one.outcome("last")
+        assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
+
+
         await one.redis.flushall()
         async with one.running(ScriptedNode(one, "n2")):
             for number in range(5):
@@ -425,11 +452,6 @@ async def test_short_retention_is_told_and_hurries_batch(
             assert told.labels(one.names.requests(Lane.INTERACTIVE))._value.get() == 0
             assert dispatcher.state is not None
             assert dispatcher.state.window._max_batch_wait_ms == 30_000
-
-
-            await one.append(request("last"))
-            await one.outcome("last")
-        assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
 
 
 async def test_new_partitions_are_noticed(kafka_clients: KafkaClients, pool: str) -> None:

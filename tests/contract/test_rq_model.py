@@ -242,7 +242,8 @@ async def test_rq_lists_the_agent_as_a_worker(scene: Scene, queue: Queue) -> Non
     assert worker.birth_date is not None
     assert worker.last_heartbeat is not None
     assert Worker.count(queue=queue) == 1
-    await scene.leader.admit(NODE, forget=True)
+    await scene.leader.requeue(NODE, "fence", "agent", "draining")
+    assert await scene.leader.forget(NODE)
     assert Worker.count(queue=queue) == 0
     assert Queue.all(connection=queue.connection) == []
 

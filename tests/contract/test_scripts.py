@@ -402,7 +402,7 @@ def leader_calls(leader: LeaderStore) -> dict[str, Callable[[], Awaitable[object
         "retry": lambda: leader.retry([retry]),
         "settle": lambda: leader.settle({0: 7}, [(b"1-1", str(job_id()))]),
         "admit": lambda: leader.admit("other"),
-        "forget": lambda: leader.admit("n", forget=True),
+        "forget": lambda: leader.forget("n"),
         "begin_generation": lambda: leader.begin_generation("new", {"i0": 0}, {"i0": [3]}),
         "remember": lambda: leader.remember({"flexlb:p:id:x": "i0_1|aa"}),
         "adopt": lambda: leader.adopt("n", "x", [adopt], lease_s=1, now_iso=NOW_ISO),
@@ -1210,9 +1210,25 @@ async def test_admitting_enters_a_node_into_our_sets_and_rqs(stage: Stage) -> No
     assert await client.smembers("rq:workers") == {b"rq:worker:p--n"}
     assert await client.smembers("rq:workers:p--n") == {b"rq:worker:p--n"}
     for _ in range(2):
-        await leader.admit("n", forget=True)
+        await leader.forget("n")
     assert await stage.view.node_names() == []
     assert not await client.exists("rq:queues", "rq:workers", "rq:workers:p--n")
+
+
+@everywhere
+async def test_a_node_that_lives_or_holds_work_is_not_forgotten(stage: Stage) -> None:
+    leader = await stage.lead()
+    await stage.join()
+    await leader.admit("n")
+    assert not await leader.forget("n")
+    await assign(leader, item())
+    await leader.requeue("n", "fence", "x", "node_lost")
+    await stage.client.rpush("rq:queue:p--n", "work")
+    assert not await leader.forget("n")
+    await stage.client.delete("rq:queue:p--n")
+    assert await leader.forget("n")
+    assert await leader.forget("n")
+    assert await stage.view.node_names() == []
 
 
 @everywhere
@@ -1423,7 +1439,7 @@ async def test_a_whole_life_leaves_nothing_behind(stage: Stage) -> None:
     closed = CloseItem(place="pending", ref=Ref.parse(pending[0]), kind="outcome", id="r")
     assert await leader.close([closed]) == ["ok"]
     await leader.settle({0: 9}, [(entry, "") for entry, _ in await stage.closing()])
-    await leader.admit("n", forget=True)
+    await leader.forget("n")
     ledger = await stage.view.ledger()
     assert (ledger.jobs, ledger.closing_refs, ledger.marks, ledger.above) == ([], [], {"i0": 7}, {"i0": []})
     await check_nothing_leaks(stage)

@@ -566,7 +566,7 @@ async def test_every_script_takes_its_happy_path() -> None:
     later = await acquire(runner, "another")
     assert later.epoch > lease.epoch
     with pytest.raises(Deposed):
-        await store.admit("n1", forget=True)
+        await store.forget("n1")
     assert await lock.acquire("another") is not None
 
 
