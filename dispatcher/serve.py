@@ -58,8 +58,14 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
     log.info("dispatcher ready", metrics=f"http://{settings.metrics_host}:{port}/metrics")
     running = asyncio.create_task(dispatcher.run())
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        # Ctrl-C under a wrapper comes twice: the second must not cut off the goodbye, which is bounded.
+        if not running.cancelling():
+            running.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, running.cancel)
+        loop.add_signal_handler(number, end)
     try:
         await running
     except asyncio.CancelledError:

@@ -23,6 +23,24 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=SAY_AGAIN_S)
 
 
+async def to_the_end(goodbye: Coroutine[Any, Any, None]) -> None:
+    """Run `goodbye`, which bounds its own time, to its end, however often this task is cancelled meanwhile.
+
+    Raises:
+        CancelledError: afterwards, when it was.
+    """
+    task = asyncio.create_task(goodbye)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
 async def run_together(**running: Coroutine[Any, Any, None]) -> None:
     """Run coroutines until one of them fails or all have ended; then end the others.
 

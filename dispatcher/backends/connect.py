@@ -22,6 +22,7 @@ from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_ser
 from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
 from dispatcher.errors import LogUnavailable, SettingsError
+from dispatcher.tasks import to_the_end
 
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
@@ -53,7 +54,14 @@ def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connectio
 
 
 async def close_kafka_client(client: Any) -> None:
-    """Close a producer or consumer; one that can't say goodbye is left to time out at the broker."""
+    """Close a producer or consumer; one that can't say goodbye is left to time out at the broker.
+
+    Being cancelled meanwhile does not cut it off: what is half closed would never be closed.
+    """
+    await to_the_end(_stop(client))
+
+
+async def _stop(client: Any) -> None:
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.stop()

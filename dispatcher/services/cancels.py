@@ -34,8 +34,8 @@ class Cancels:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        await self._log.start(self._state.clock.now_ms() - int(HOLD_S * 1000))
         try:
+            await self._log.start(self._state.clock.now_ms() - int(HOLD_S * 1000))
             while True:
                 for value in await self._log.read(timeout_ms=READ_TIMEOUT_MS):
                     self._take(value)

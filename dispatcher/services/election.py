@@ -28,7 +28,7 @@ from dispatcher.errors import (
     Superseded,
 )
 from dispatcher.services.watch import FleetMirror
-from dispatcher.tasks import end_tasks, run_together
+from dispatcher.tasks import end_tasks, run_together, to_the_end
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
@@ -165,8 +165,7 @@ class Election:
             self._metrics.leading.set(0)
             self._metrics.depositions.inc()
             self._log.warning("leadership ended", epoch=lease.epoch, reason=reason)
-            await self._resign(lease)
-            await self._close()
+            await to_the_end(self._say_goodbye(lease))
         lasted = self._clock.monotonic() - began
         self._backoff_s = FIRST_BACKOFF_S if lasted > 10 else min(self._backoff_s * 2, LONGEST_BACKOFF_S)
         await asyncio.sleep(self._backoff_s * self._rng.uniform(0.5, 1.0))
@@ -186,6 +185,10 @@ class Election:
                 pause = self._ttl_s / 3
             except (StoreUnavailable, TimeoutError):
                 pause = min(0.05, self._ttl_s / 20)
+
+    async def _say_goodbye(self, lease: Lease) -> None:
+        await self._resign(lease)
+        await self._close()
 
     async def _resign(self, lease: Lease) -> None:
         try:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from dispatcher.tasks import end_tasks, run_together
+from dispatcher.tasks import end_tasks, run_together, to_the_end
 
 
 async def _deaf(times: int) -> None:
@@ -62,3 +62,28 @@ async def test_all_of_them_may_end_by_themselves() -> None:
         return
 
     await run_together(one=ends(), other=ends())
+
+
+async def test_a_goodbye_runs_to_its_end_however_often_it_is_cut_short() -> None:
+    said: list[str] = []
+
+    async def goodbye() -> None:
+        for word in ("so", "long"):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            said.append(word)
+
+    task = asyncio.create_task(to_the_end(goodbye()))
+    while not task.done():
+        await asyncio.sleep(0)
+        task.cancel()
+    assert said == ["so", "long"]
+    assert task.cancelled()
+
+
+async def test_what_goes_wrong_in_a_goodbye_is_raised() -> None:
+    async def goodbye() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await to_the_end(goodbye())
