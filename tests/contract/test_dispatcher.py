@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.admin import NewPartitions
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from dispatcher.backends.connect import KafkaClients
-from dispatcher.backends.leader_lock import LeaderLock, Lease, epoch_of
 from dispatcher.backends.request_log import RequestLog
-from dispatcher.backends.scripts import ScriptRunner
 from dispatcher.backends.topics import create_topics
-from dispatcher.errors import Superseded
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
-from dispatcher.services import close
-from tests.support.pool import CLOCK, Pool, ScriptedNode, request
-from tests.support.servers import KafkaAddress
+from dispatcher.services import close, watch
+from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -361,6 +356,11 @@ async def test_silent_node_is_fenced_and_its_work_moves(
             await one.append(request("moves"))
             await wait_until(lambda: bool(silent.claimed), "the claim")
         async with one.running(ScriptedNode(one, "n2")):
+            outcome = await one.outcome("moves")
+            assert outcome.node == "n2"
+            assert len(one.of("moves")) == 1
+
+
 async def test_a_node_that_is_gone_for_good_is_forgotten(
     kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,11 +383,6 @@ async def test_a_node_that_is_gone_for_good_is_forgotten(
         assert (await one.outcome("r1")).node == "stays"
 
 
-            outcome = await one.outcome("moves")
-            assert outcome.node == "n2"
-            assert len(one.of("moves")) == 1
-
-
 async def test_all_redis_data_lost_runs_only_the_rest_again(
     kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
 ) -> None:
@@ -399,16 +394,16 @@ async def test_all_redis_data_lost_runs_only_the_rest_again(
                 await one.outcome(f"before{number}")
         for number in range(5):
             await one.append(request(f"during{number}"))
-            await one.append(request("last"))
-            await one.outcome("last")
-        assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
-
-
         await one.redis.flushall()
         async with one.running(ScriptedNode(one, "n2")):
             for number in range(5):
                 await one.outcome(f"during{number}")
             await one.append(request("before3"))
+            await one.append(request("last"))
+            await one.outcome("last")
+        assert all(len(one.of(f"before{number}")) == 1 for number in range(20))
+
+
 async def configure(pool: Pool, topic: str, config: dict[str, str]) -> None:
     """Change a topic's configuration, as an operator may have made it."""
     admin = pool.clients.admin()
@@ -468,88 +463,3 @@ async def test_new_partitions_are_noticed(kafka_clients: KafkaClients, pool: str
         await wait_until(log.has_grown, "the new partition to be noticed")
     finally:
         await log.stop()
-
-
-async def test_without_election_it_leads_at_once_though_another_s_lease_runs(
-    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
-) -> None:
-    async with Pool(kafka_clients, valkey.url, pool, election=False) as one:
-        gone = await LeaderLock(
-            ScriptRunner(one.redis), one.names, ttl_s=3600, clock=CLOCK.monotonic
-        ).acquire("gone")
-        assert isinstance(gone, Lease)
-        async with one.running(one.dispatcher()), one.running(ScriptedNode(one, "n1")):
-            await one.append(request("r1"))
-            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
-            token = (await one.redis.get(one.names.leader)).decode()
-            assert epoch_of(token) > gone.epoch
-            assert (await one.redis.get(one.names.epoch)).decode() == token
-
-
-async def test_without_election_the_first_of_two_ends_and_the_second_serves(
-    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
-) -> None:
-    async with Pool(kafka_clients, valkey.url, pool, election=False) as one:
-        first = one.dispatcher()
-        ended = asyncio.create_task(first.run())
-        await wait_until(lambda: first.state is not None, "the first to lead")
-        async with one.running(one.dispatcher()) as second, one.running(ScriptedNode(one, "n1")):
-            await asyncio.wait([ended], timeout=20)
-            error = ended.exception()
-            assert isinstance(error, BaseExceptionGroup)
-            superseded, others = error.split(Superseded)
-            assert superseded is not None
-            assert others is None
-            assert second.election.leading
-            await one.append(request("r1"))
-            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
-            assert second.metrics.elections._value.get() == 1
-
-
-async def test_without_election_it_leads_again_after_redis_was_away_or_lost_everything(
-    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
-) -> None:
-    async with Pool(kafka_clients, valkey.url, pool, election=False) as one:
-        dispatcher = one.dispatcher()
-
-        def leads_anew(sessions: int) -> bool:
-            return dispatcher.metrics.elections._value.get() > sessions and dispatcher.state is not None
-
-        async with one.running(dispatcher):
-            await wait_until(lambda: leads_anew(0), "the first session")
-            valkey.freeze()
-            await wait_until(lambda: not dispatcher.election.leading, "the lease to run out")
-            valkey.thaw()
-            await wait_until(lambda: leads_anew(1), "a session after the pause")
-            sessions = dispatcher.metrics.elections._value.get()
-            await one.redis.flushall()
-            await wait_until(lambda: leads_anew(sessions), "a session after the loss")
-
-
-async def test_without_election_a_superseded_process_says_so_and_exits_with_an_error(
-    kafka: KafkaAddress, valkey: ValkeyServer, pool: str
-) -> None:
-    async with Pool(kafka.clients, valkey.url, pool, election=True) as one:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "dispatcher", "dispatcher", "--election=false", f"--pool={pool}"),
-            *(f"--kafka={kafka.bootstrap}", f"--redis={valkey.url}", "--leader-ttl-s=1"),
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            await wait_until(lambda: one.redis.exists(one.names.generation), "the process to lead")
-            token = (await one.redis.get(one.names.leader)).decode()
-            lock = LeaderLock(ScriptRunner(one.redis), one.names, ttl_s=60, clock=CLOCK.monotonic)
-            taken = await lock.acquire("another", depose=token)
-            assert isinstance(taken, Lease)
-            async with asyncio.timeout(20):
-                _, err = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode == 2
-        last = err.decode().splitlines()[-1]
-        assert last.startswith("flexlb dispatcher: election is off and expects one dispatcher, seen another")
-        assert taken.token in last
-        assert "Traceback" not in err.decode()
-        assert (await one.redis.get(one.names.leader)).decode() == taken.token
