@@ -280,3 +280,16 @@ async def test_body_that_is_not_there_is_refused(led: Pool, partition: int, offs
         outcome = await led.outcome("r1")
     assert (outcome.kind, outcome.reason) == (OutcomeKind.FAILED, Reason.BODY_UNREADABLE)
     assert engine.started == []
+
+
+async def test_a_job_id_that_is_none_of_ours_ends_no_agent(led: Pool) -> None:
+    engine = HeldEngine()
+    engine.go_on.set()
+    async with running_agent(led, engine) as (agent, _):
+        queue = led.names.queue_key("n1")
+        junk = f"{led.names.queue('n1')}--junk"
+        await led.redis.hset(led.names.job(junk), "data", b"junk")
+        await led.redis.rpush(queue, junk)
+        await wait_until(lambda: agent.metrics.foreign._value.get() == 1, "it to be told")
+        await led.append(request("r1"))
+        assert (await led.outcome("r1")).kind is OutcomeKind.COMPLETED

@@ -83,8 +83,14 @@ class Pull:
         state = self._state
         if claimed.job in state.held:
             return
+        try:
+            job = JobId.parse(claimed.job)
+        except ValueError as error:
+            # Somebody put it there: nobody holds it, so that its lease ends it.
+            state.metrics.foreign.inc()
+            state.log.error("foreign job in the queue was not run", error=str(error))
+            return
         state.metrics.claimed.inc()
-        job = JobId.parse(claimed.job)
         try:
             envelope = codec.envelopes.decode(claimed.envelope)
             work = decode_job_data(claimed.data)
