@@ -166,7 +166,6 @@ class Agent:
                 return
             self._log.info("agent ready", node=settings.node, incarnation=state.identity.incarnation)
             pacer = Pacer(settings.chunk_interval_s)
-            executor = Executor(state, self._engine, self._replies, self._bodies, pacer)
             heartbeat = Heartbeat(
                 state,
                 self._store,
@@ -180,6 +179,9 @@ class Agent:
                 self._gpus,
                 interval_s=settings.engine_metrics_interval_s,
                 died=self._engine_died,
+            )
+            executor = Executor(
+                state, self._engine, self._replies, self._bodies, pacer, check_engine=watch.check
             )
             running: list[Any] = [
                 heartbeat,

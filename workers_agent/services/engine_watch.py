@@ -1,7 +1,9 @@
 """Engine watch: whether the engine works, and what it says of its load.
 
 An engine is believed by its progress: a hung one still answers its health page. When a stream stalled, the
-engine gets no new work before a probe, one token of a real request, has come through.
+engine gets no new work before a probe, one token of a real request, has come through. A health page that
+says no is believed at once, and is asked whenever a request failed as it does when an engine dies: retries
+come within a tenth of a second, and would all be spent on a dead engine before the next regular look.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class EngineWatch:
         self._gpus = gpus
         self._interval_s = interval_s
         self._died = died
+        self._deaths = 0
+        self._is_gone = False
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -47,34 +51,50 @@ class EngineWatch:
     async def look(self) -> None:
         """One look."""
         state = self._state
+        deaths = self._deaths
         load = await self._engine.load()
-        if load is None:
-            alive = await self._engine.is_alive()
-            if not alive and state.engine_ok:
-                self._died()
-        else:
-            alive = True
+        if load is not None:
             state.load = load
         state.gpu = self._gpus.read()
-        if alive and state.is_suspect:
-            alive = await self._probe()
-        if alive != state.engine_ok:
-            state.engine_ok = alive
-            state.log.warning("engine works again" if alive else "engine does not work")
+        # A vLLM whose core has died serves its metrics for some seconds more: they prove no recovery.
+        if (load is None or not state.engine_ok) and not await self._engine.is_alive():
+            self._note_death()
+        elif state.is_suspect and not await self._probe():
+            await asyncio.sleep(PROBE_PAUSE_S)
+        elif deaths == self._deaths:
+            self._is_gone = False
+            self._tell(True)
+
+    async def check(self) -> None:
+        """Ask the engine's health now; called before a failure that may be its end is told."""
+        if self._state.engine_ok and not await self._engine.is_alive():
+            self._note_death()
+
+    def _note_death(self) -> None:
+        self._deaths += 1
+        if not self._is_gone:
+            self._is_gone = True
+            self._died()
+        self._tell(False)
+
+    def _tell(self, works: bool) -> None:
+        state = self._state
+        state.metrics.engine_ok.set(works)
+        if works != state.engine_ok:
+            state.engine_ok = works
+            state.log.warning("engine works again" if works else "engine does not work")
             state.changed.set()
-        state.metrics.engine_ok.set(alive)
 
     async def _probe(self) -> bool:
+        """Whether one token comes through; nothing new goes there while it is found out."""
         state = self._state
         if state.engine_ok:
-            # Nothing new goes there while it is found out.
-            state.engine_ok = False
             state.log.warning("engine is suspect: a stream stalled; probing it")
+            state.engine_ok = False
+            state.metrics.engine_ok.set(False)
             state.changed.set()
         works = await self._engine.probe(state.identity.models[0] if state.identity.models else "")
         state.metrics.probes.labels("works" if works else "fails").inc()
         if works:
             state.is_suspect = False
-        else:
-            await asyncio.sleep(PROBE_PAUSE_S)
         return works

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 
 import msgspec
@@ -36,6 +37,11 @@ from workers_agent.state import AgentState
 
 BODY_PAUSE_S = 0.5
 SAME_STEP_S = 0.001
+_MAY_BE_ITS_END = frozenset({FailureCause.CONNECT, FailureCause.TRUNCATED, FailureCause.ENGINE_ERROR})
+
+
+async def _no_check() -> None:
+    """Where nobody watches the engine."""
 
 
 def failed_ending(job: str, ref: str, id: str, failed: FailedAttempt, kind: str = "failed") -> Ending:
@@ -113,16 +119,29 @@ class Prefills:
 
 
 class Executor:
-    """Runs the attempts of one incarnation."""
+    """Runs the attempts of one incarnation.
+
+    Args:
+        check_engine: called when an attempt failed in a way that may be the engine's end, before that is
+            told: who decides about the next attempt should know by then whether the engine lives.
+    """
 
     def __init__(
-        self, state: AgentState, engine: Engine, replies: ReplyLog, bodies: BodyLog, pacer: Pacer
+        self,
+        state: AgentState,
+        engine: Engine,
+        replies: ReplyLog,
+        bodies: BodyLog,
+        pacer: Pacer,
+        *,
+        check_engine: Callable[[], Awaitable[None]] = _no_check,
     ) -> None:
         self._state = state
         self._engine = engine
         self._replies = replies
         self._bodies = bodies
         self._pacer = pacer
+        self._check_engine = check_engine
         self._prefills = Prefills()
 
     async def run(self, job: str, attempt: Attempt, work: Work) -> None:
@@ -158,6 +177,8 @@ class Executor:
         except EngineFailure as failure:
             if failure.cause is FailureCause.STALLED:
                 state.is_suspect = True
+            if failure.cause in _MAY_BE_ITS_END:
+                await self._check_engine()
             return self._failed(job, attempt, work, failure.cause, str(failure), failure.http_status)
         except LogRefused as error:
             return self._failed(job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error))

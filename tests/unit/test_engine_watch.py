@@ -1,0 +1,150 @@
+"""When an agent says that its engine does not work, and when it says so no longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from prometheus_client import CollectorRegistry
+
+from dispatcher.backends.clock import Clock
+from dispatcher.protocol.assignment import Work
+from dispatcher.protocol.node import NodeIdentity
+from dispatcher.telemetry.logging import Log
+from workers_agent.engines.engine import Piece
+from workers_agent.engines.engine_load import EngineLoad
+from workers_agent.engines.gpu import GpuWatch
+from workers_agent.metrics import AgentMetrics
+from workers_agent.services.engine_watch import EngineWatch
+from workers_agent.state import AgentState
+
+
+class ToldEngine:
+    """An engine whose health, metrics and probes say what a test told them to."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+        self.serves_metrics = True
+        self.generates = True
+        self.asked: list[str] = []
+        self.load_waits_for: asyncio.Event | None = None
+
+    async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
+        """Nothing."""
+        pieces: list[Piece] = []
+        for piece in pieces:
+            yield piece
+
+    async def is_alive(self) -> bool:
+        """What its health page says."""
+        self.asked.append("health")
+        return self.healthy
+
+    async def load(self) -> EngineLoad | None:
+        """Its metrics."""
+        told = EngineLoad() if self.serves_metrics else None
+        if self.load_waits_for is not None:
+            await self.load_waits_for.wait()
+        return told
+
+    async def probe(self, model: str) -> bool:
+        """Whether a token came."""
+        self.asked.append("probe")
+        return self.generates
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
+class Scene:
+    """An engine and its watch."""
+
+    def __init__(self) -> None:
+        self.engine = ToldEngine()
+        self.state = AgentState(
+            identity=NodeIdentity(node="n", incarnation="x", models=("m",)),
+            clock=Clock(),
+            metrics=AgentMetrics(CollectorRegistry()),
+            log=Log(),
+        )
+        self.deaths = 0
+        self.watch = EngineWatch(
+            self.state, self.engine, GpuWatch("none"), interval_s=1.0, died=self._note_death
+        )
+
+    def works(self) -> bool:
+        """What the next report says."""
+        return self.state.engine_ok
+
+    def _note_death(self) -> None:
+        self.deaths += 1
+
+
+async def test_a_check_believes_a_health_page_that_says_no() -> None:
+    scene = Scene()
+    await scene.watch.check()
+    assert scene.works()
+    scene.engine.healthy = False
+    await scene.watch.check()
+    assert not scene.works()
+    assert scene.state.changed.is_set(), "a report is due"
+    assert scene.deaths == 1
+
+
+async def test_what_is_known_to_be_dead_is_not_asked_again_by_each_failure() -> None:
+    scene = Scene()
+    scene.engine.healthy = False
+    for _ in range(3):
+        await scene.watch.check()
+    assert scene.engine.asked == ["health"]
+    assert scene.deaths == 1
+
+
+async def test_metrics_alone_do_not_bring_an_engine_back() -> None:
+    scene = Scene()
+    scene.engine.healthy = False
+    await scene.watch.check()
+    await scene.watch.look()
+    assert not scene.works()
+    scene.engine.healthy = True
+    await scene.watch.look()
+    assert scene.works()
+    assert scene.deaths == 1
+
+
+async def test_a_look_that_began_before_a_death_proves_nothing() -> None:
+    scene = Scene()
+    scene.engine.load_waits_for = asyncio.Event()
+    looking = asyncio.create_task(scene.watch.look())
+    await asyncio.sleep(0)
+    scene.engine.healthy = False
+    await scene.watch.check()
+    scene.engine.healthy = True
+    scene.engine.load_waits_for.set()
+    await looking
+    assert not scene.works()
+    await scene.watch.look()
+    assert scene.works()
+
+
+async def test_an_engine_that_dies_while_it_is_suspect_loses_its_cache_too() -> None:
+    scene = Scene()
+    scene.state.is_suspect = True
+    scene.engine.generates = False
+    looking = asyncio.create_task(scene.watch.look())
+    await asyncio.sleep(0)
+    assert not scene.works()
+    looking.cancel()
+    await asyncio.wait([looking])
+    assert scene.deaths == 0
+    scene.engine.healthy = scene.engine.serves_metrics = False
+    await scene.watch.look()
+    assert scene.deaths == 1
+
+
+async def test_an_engine_without_metrics_is_believed_by_its_health() -> None:
+    scene = Scene()
+    scene.engine.serves_metrics = False
+    await scene.watch.look()
+    assert scene.works()
+    assert scene.deaths == 0
