@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from dispatcher.backends.connect import KafkaClients, connect_redis
@@ -14,6 +16,10 @@ from dispatcher.errors import ServerError
 from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.valkey import ValkeyServer
 from tests.support.servers import NO_KAFKA, REQUIRE_KAFKA, KafkaAddress, SharedKafka, give_up, why_no_kafka
+
+hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
+if os.environ.get("FLEXLB_TEST_PROFILE") == "long":
+    hypothesis.settings.load_profile("long")
 
 SHARED_KAFKA = pytest.StashKey[SharedKafka]()
 
