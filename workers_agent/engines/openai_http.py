@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -80,10 +81,20 @@ class _Event(Struct):
 class _Model(Struct):
     id: str
     max_model_len: int | None = None
+    meta: Any = None
+
+    @property
+    def longest(self) -> int:
+        """Prompt and answer together; llama.cpp tells the context of one slot in `meta` instead."""
+        if self.max_model_len:
+            return self.max_model_len
+        tokens = self.meta.get("n_ctx") if isinstance(self.meta, dict) else None
+        return tokens if isinstance(tokens, int) else 0
 
 
 class _Version(Struct):
     version: str = ""
+    build_info: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ class _Models(Struct):
     data: tuple[_Model, ...]
 
 
-_event = msgspec.json.Decoder(_Event)
+_event = msgspec.json.Decoder(_Event | None)
 _models = msgspec.json.Decoder(_Models)
 _version = msgspec.json.Decoder(_Version)
 _body = msgspec.json.Decoder(dict[str, Raw])
@@ -174,7 +185,9 @@ class _Answer:
             return None
         try:
             # As text first: a Raw is not checked for valid UTF-8 by its decoder.
-            return self._piece(_event.decode(payload.decode()))
+            event = _event.decode(payload.decode())
+            # llama.cpp begins the answer to several prompts with a null.
+            return self._piece(event) if event is not None else None
         except _UNREADABLE as error:
             raise EngineFailure(
                 FailureCause.PROTOCOL,
@@ -440,20 +453,24 @@ class OpenAIEngine:
                 self._base_url + "/v1/models", timeout=_whole_call()
             ) as response:
                 models = _models.decode((await response.read()).decode()).data
-                longest = min((model.max_model_len for model in models if model.max_model_len), default=0)
+                longest = min((model.longest for model in models if model.longest), default=0)
                 found = replace(found, max_model_len=longest)
-            async with self._connections().get(
-                self._base_url + "/version", timeout=_whole_call()
-            ) as response:
-                if response.status == 200:
-                    version = _version.decode((await response.read()).decode()).version
-                    found = replace(found, version=version[:80])
+            found = replace(found, version=await self._version())
         except (aiohttp.ClientError, OSError, *_UNREADABLE):
             pass
         load = await self.load()
         if load is not None:
             found = replace(found, block_size=load.block_size, kv_total_tokens=load.kv_total_tokens)
         return found
+
+    async def _version(self) -> str:
+        """What `/version` says, or llama.cpp's `/props`."""
+        for path in ("/version", "/props"):
+            async with self._connections().get(self._base_url + path, timeout=_whole_call()) as response:
+                if response.status == 200:
+                    told = _version.decode((await response.read()).decode())
+                    return (told.version or told.build_info)[:80]
+        return ""
 
     async def probe(self, model: str) -> bool:
         """Ask for one token of a small request."""
