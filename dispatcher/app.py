@@ -205,9 +205,7 @@ class Dispatcher:
             expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
             cancels = Cancels(state, CancelLog(self._kafka, names), endings)
             partitions = Partitions(requests, self._log)
-            retention = Retention(
-                state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000)
-            )
+            retention = Retention(state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000))
             services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions, retention)
             await run_together(**{type(service).__name__: service.run() for service in services})
         finally:
