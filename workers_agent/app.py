@@ -231,7 +231,8 @@ class Agent:
         return NodeIdentity(
             node=settings.node,
             incarnation=self._new_id(),
-            models=tuple(name.strip() for name in settings.models.split(",") if name.strip()),
+            models=_names(settings.models),
+            loras=_names(settings.loras),
             role=settings.role,
             max_running=settings.max_running,
             max_model_len=settings.max_model_len,
@@ -273,6 +274,10 @@ class Agent:
         )
         envelope = held.envelope
         state.end(job, failed_ending(job, envelope.ref, envelope.id, failed, kind="released"))
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 async def _emptied(state: AgentState, seconds: float) -> bool:

@@ -35,6 +35,9 @@ class AgentSettings(BaseSettings):
     models: str = Field(
         default="", description="models served, comma separated; asked of the engine when absent"
     )
+    loras: str = Field(
+        default="", description="LoRA adapters that the engine has loaded, comma separated; none when absent"
+    )
     role: Role = Field(default=Role.FUSED, description="what the node does")
     max_running: int = Field(default=32, ge=1, le=4096, description="requests run at once")
     max_model_len: int = Field(default=131_072, ge=1, description="longest prompt and answer, tokens")

@@ -145,6 +145,17 @@ async def test_request_is_streamed_and_answered_whole(led: Pool) -> None:
     assert {chunk.attempt for chunk in chunks} == {outcome.attempt}
 
 
+async def test_a_request_for_an_adapter_goes_to_the_node_that_has_it(led: Pool) -> None:
+    engine = HeldEngine(total=2)
+    engine.go_on.set()
+    async with (
+        running_agent(led, engine, node="plain"),
+        running_agent(led, engine, node="tuned", loras=" sql, chat "),
+    ):
+        await led.append(request("r1", lora="sql"))
+        assert (await led.outcome("r1")).node == "tuned"
+
+
 BAD: list[tuple[Behaviour, OutcomeKind, Reason]] = [
     (Behaviour.ANSWERS_400, OutcomeKind.FAILED, Reason.ENGINE_REFUSED),
     (Behaviour.ANSWERS_429, OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED),
