@@ -7,6 +7,8 @@ import json
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -30,6 +32,7 @@ from workers_agent.simulator.wire import Message, render_chat
 
 PROMPT = {"model": "sim", "prompt": "Once upon a time", "max_tokens": 6}
 CHAT = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+PATIENCE_S = 0.8
 
 
 def work(endpoint: Endpoint = Endpoint.COMPLETIONS, *, id: str = "request-7", traceparent: str = "") -> Work:
@@ -167,6 +170,38 @@ async def test_an_engine_that_never_begins_is_stalled_though_alive(behaviour: Be
 async def test_an_engine_that_falls_silent_is_stalled() -> None:
     failure, text, _ = await failure_of(Behaviour.STALLS, inter_token_timeout_s=0.2)
     assert (failure.cause, text) == (FailureCause.STALLED, " a b c")
+
+
+async def test_what_came_while_this_process_stood_still_is_no_silence_of_the_engine() -> None:
+    frozen = threading.Event()
+
+    def freeze() -> None:
+        frozen.set()
+        time.sleep(1.3 * PATIENCE_S)  # the whole event loop, as on a machine without a free core
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+            )
+            connection.sendall(b'data: {"choices":[{"text":"a"}]}\n\n')
+            frozen.wait(30)
+            connection.sendall(b'data: {"choices":[{"text":"b","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve, args=(listener,), daemon=True)
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        pieces: list[Piece] = []
+        async with engine_at(url, inter_token_timeout_s=PATIENCE_S) as engine:
+            async for piece in engine.stream(work(), json.dumps(PROMPT).encode()):
+                if not pieces:
+                    asyncio.get_running_loop().call_later(0.05, freeze)
+                pieces.append(piece)
+        server.join()
+    assert (text_of(pieces), finishes_of(pieces)) == ("ab", [(0, "stop")])
 
 
 async def test_a_slow_reader_does_not_make_the_engine_stalled() -> None:

@@ -514,14 +514,17 @@ async def _read(response: aiohttp.ClientResponse, answer: _Answer | None, deadli
     is_finished = answer is not None and answer.is_finished
     seen = f"after {answer.tokens} tokens" if answer is not None else "in mid-answer"
     try:
-        async with asyncio.timeout_at(deadline):
-            return await response.content.readany()
-    except TimeoutError:
-        if is_finished:
-            return b""
-        raise EngineFailure(
-            FailureCause.STALLED, f"{response.url}: engine fell silent {seen}; the stream was given up"
-        ) from None
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await response.content.readany()
+        except TimeoutError:
+            # It may have come while this process, not the engine, stood still.
+            data = response.content.read_nowait()
+            if data or is_finished or response.content.at_eof():
+                return data
+            raise EngineFailure(
+                FailureCause.STALLED, f"{response.url}: engine fell silent {seen}; the stream was given up"
+            ) from None
     except (aiohttp.ClientError, OSError) as error:
         if is_finished:
             return b""
