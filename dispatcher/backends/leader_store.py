@@ -55,7 +55,7 @@ class CloseItem:
 
 @dataclass(frozen=True, kw_only=True)
 class RetryItem:
-    """A failed or released attempt that goes back to pending."""
+    """A failed or released attempt that goes back to pending; `attempt` is it, encoded, for a dead letter."""
 
     entry: bytes
     job: JobId
@@ -63,6 +63,7 @@ class RetryItem:
     failures: int
     excluded: tuple[str, ...]
     cause: str
+    attempt: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +210,7 @@ class LeaderStore:
                 item.failures,
                 ",".join(item.excluded),
                 item.cause,
+                item.attempt,
             )
         answers = await self._run_counted("retry", (names.pending, names.closing), arguments)
         return [answer.decode() for answer in answers]

@@ -243,6 +243,11 @@ class StoreView:
         (fields,) = await self._job_fields([self.names.job(job)])
         return _stored_job(job, "", fields, claimed=False) if fields[0] is not None else None
 
+    async def failed_attempts(self, job: str) -> list[bytes]:
+        """A job's earlier failed attempts, oldest first, encoded; [] when its hash does not exist."""
+        found = await self._ask(self._client.hget(self.names.job(job), "attempts"), "failed attempts")
+        return found.split(b"\n") if found else []
+
     async def _job_fields(self, keys: list[str]) -> list[list[bytes | None]]:
         if not keys:
             return []

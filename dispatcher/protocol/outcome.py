@@ -151,7 +151,10 @@ class FailedAttempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The record on `requests.dead`. `record_base64` is the original value, unless it lies in a log still."""
+    """The record on `requests.dead`. `record_base64` is the original value, unless it lies in a log still.
+
+    `attempts` are the newest failed attempts, oldest first, with their messages cut.
+    """
 
     ref: str
     reason: Reason

@@ -8,7 +8,7 @@ one reads `outcomes` before it publishes, so nothing is said twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -40,6 +40,9 @@ LARGEST_OUTCOME_BYTES = 8 << 20
 SMALL_OUTCOME_BYTES = 512 << 10
 """Taken by every topic: Kafka's own limit for records is 1 MiB."""
 FEWEST_STARTS = 4096
+ATTEMPTS_KEPT = 8
+"""Failed attempts in a dead letter, the newest; the scripts keep as many in a job."""
+ATTEMPT_MESSAGE_CHARS = 500
 RECOMMIT_S = 60.0
 """An idle pool's marks are committed again this often, so that retention of offsets never ends."""
 
@@ -175,7 +178,8 @@ class Publish:
             verdict=type(verdict).__name__,
         )
         if isinstance(verdict, GiveUp):
-            endings.append(_given_up(entry, ref, bound, failed, verdict, state))
+            attempts = [*await self._earlier_attempts(job), failed]
+            endings.append(_given_up(entry, ref, bound, attempts, verdict, state))
             return
         excluded = bound.excluded
         if verdict.exclude and job.node not in excluded:
@@ -188,8 +192,21 @@ class Publish:
             failures=verdict.failures,
             excluded=excluded,
             cause=failed.cause.value,
+            attempt=codec.encode(_cut(failed)),
         )
         retries.append(_Retry(item=item, bound=bound, entry=entry, failed=failed))
+
+    async def _earlier_attempts(self, job: JobId) -> list[FailedAttempt]:
+        """The failed attempts before this one, as its job tells; fewer after a loss of Redis data."""
+        found = await until_answered(lambda: self._view.failed_attempts(str(job)), self._state.metrics)
+        attempts = []
+        for line in found:
+            try:
+                attempts.append(codec.failed_attempts.decode(line))
+            except codec.MalformedRecord as error:
+                # Of another release, perhaps: what the others tell is worth more than none.
+                self._state.log.warning("failed attempt can't be read", job=str(job), error=str(error))
+        return attempts
 
     async def _stored(self, job: JobId) -> Bound | None:
         stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
@@ -212,7 +229,7 @@ class Publish:
             item, bound = retry.item, retry.bound
             if answer == "missing":
                 verdict = GiveUp(reason=Reason.ATTEMPTS_EXHAUSTED)
-                endings.append(_given_up(retry.entry, item.job.ref, bound, retry.failed, verdict, state))
+                endings.append(_given_up(retry.entry, item.job.ref, bound, [retry.failed], verdict, state))
                 continue
             waiting = Waiting(
                 ref=item.job.ref,
@@ -378,10 +395,21 @@ def _without_text(payload: bytes) -> bytes:
     return codec.encode(msgspec.structs.replace(outcome, choices=(), message=message[:2000]))
 
 
+def _cut(failed: FailedAttempt) -> FailedAttempt:
+    """An attempt as it is kept: engines may answer pages."""
+    return msgspec.structs.replace(failed, message=failed.message[:ATTEMPT_MESSAGE_CHARS])
+
+
 def _given_up(
-    entry: StreamEntry, ref: Ref, bound: Bound, failed: FailedAttempt, verdict: GiveUp, state: LeaderState
+    entry: StreamEntry,
+    ref: Ref,
+    bound: Bound,
+    attempts: Sequence[FailedAttempt],
+    verdict: GiveUp,
+    state: LeaderState,
 ) -> _Ending:
-    envelope = bound.envelope
+    """The ending of a request that failed for good, by its attempts in their order."""
+    envelope, failed = bound.envelope, attempts[-1]
     now_ms = state.clock.now_ms()
     outcome = Outcome(
         id=envelope.id,
@@ -404,7 +432,7 @@ def _given_up(
         topic=state.names.requests(ref.lane),
         id=envelope.id,
         tenant=envelope.tenant,
-        attempts=(failed,),
+        attempts=tuple(map(_cut, attempts[-ATTEMPTS_KEPT:])),
         dead_at_ms=now_ms,
     )
     publication = Publication(

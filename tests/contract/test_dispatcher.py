@@ -15,7 +15,7 @@ from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.topics import create_topics
 from dispatcher.local.valkey import ValkeyServer
-from dispatcher.protocol.names import Lane, Names
+from dispatcher.protocol.names import Attempt, Lane, Names
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
 from dispatcher.services import close, watch
 from tests.support.pool import Pool, ScriptedNode, request
@@ -340,7 +340,34 @@ async def test_failing_attempts_go_elsewhere_then_to_the_dead_letters(
             assert outcome.reason is Reason.ATTEMPTS_EXHAUSTED
             assert used[0] != used[1]
             await wait_until(lambda: bool(one.dead), "a dead letter")
-            assert one.dead[0].id == "fails"
+            (letter,) = one.dead
+            assert letter.id == "fails"
+            told = [(attempt.node, attempt.cause, attempt.message) for attempt in letter.attempts]
+            assert told == [(name, FailureCause.ENGINE_ERROR, "no") for name in used]
+            assert [Attempt.parse(attempt.attempt).n for attempt in letter.attempts] == [1, 2, 3, 4]
+
+
+async def test_a_dead_letter_tells_also_of_a_node_that_was_lost(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with (
+        Pool(kafka_clients, valkey.url, pool, heartbeat_ttl_s=1.0) as one,
+        one.running(one.dispatcher()),
+    ):
+        lost = ScriptedNode(one, "n1")
+        lost.holds = True
+        async with one.running(lost):
+            await one.append(request("refused"))
+            await wait_until(lambda: bool(lost.claimed), "the claim")
+        other = ScriptedNode(one, "n2")
+        other.holds = True
+        async with one.running(other):
+            await wait_until(lambda: bool(other.claimed), "the second attempt")
+            ending = other.failed(other.claimed.pop(), FailureCause.REFUSED, message="y" * 3000)
+            assert await other.store.complete(other.incarnation, [ending]) == ["ok"]
+            await wait_until(lambda: bool(one.dead), "a dead letter")
+        told = [(attempt.node, attempt.cause, len(attempt.message)) for attempt in one.dead[0].attempts]
+        assert told == [("n1", FailureCause.NODE_LOST, 0), ("n2", FailureCause.REFUSED, 500)]
 
 
 async def test_silent_node_is_fenced_and_its_work_moves(

@@ -28,8 +28,10 @@ from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.errors import Deposed, Fenced, GenerationLost, StoreFull
 from dispatcher.local.valkey import ValkeyServer
+from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.protocol.outcome import FailedAttempt, FailureCause
 from tests.support.servers import run
 from tests.support.sim.loop import current
 from tests.support.sim.loop import run as run_in_virtual_time
@@ -1064,6 +1066,42 @@ async def test_a_retry_puts_an_attempt_back_to_pending(stage: Stage) -> None:
         b"envelope 0",
     )
     assert not await stage.client.exists(stage.names.job(job_id(0)))
+
+
+@everywhere
+async def test_a_job_remembers_its_newest_eight_failed_attempts(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    assert await assign(leader, item(0)) == ["ok"]
+    for n in range(1, 10):
+        await claim(node, n)
+        await node.complete("x", [ending(job_id(0, n=n), "failed")])
+        ((entry, _),) = await stage.closing()
+        retry = RetryItem(
+            entry=entry,
+            job=job_id(0, n=n),
+            not_before_ms=0,
+            failures=n,
+            excluded=(),
+            cause="connect",
+            attempt=b'{"attempt":"5_%d"}' % n,
+        )
+        assert await leader.retry([retry]) == ["ok"]
+        assert await leader.retry([retry]) == ["already"]
+        assert await assign(leader, item(0, n=n + 1, from_pending=True)) == ["ok"]
+    assert await stage.view.failed_attempts(str(job_id(0, n=10))) == [
+        b'{"attempt":"5_%d"}' % n for n in range(2, 10)
+    ]
+    assert await leader.requeue("n", "fence", "x", "node_lost") is not None
+    assert await leader.requeue("n", "fence", "x", "node_lost") is not None
+    await stage.join("other", "z")
+    assert await assign(leader, item(0, node="other", incarnation="z", n=11, from_pending=True)) == ["ok"]
+    *older, last = await stage.view.failed_attempts(str(job_id(0, node="other", n=11)))
+    assert older == [b'{"attempt":"5_%d"}' % n for n in range(3, 10)]
+    assert codec.failed_attempts.decode(last) == FailedAttempt(
+        attempt="5_10", node="n", cause=FailureCause.NODE_LOST
+    )
+    assert await stage.view.failed_attempts(str(job_id(7))) == []
 
 
 @everywhere

@@ -7,7 +7,8 @@
 --            'expired': move claimed jobs whose lease has ended (held by nobody)
 --            'others':  move claimed jobs of other incarnations than ARGV[6]
 -- Returns {counter, {'ok', ref, ref...}}; {counter, {'other', incarnation}} when the node has another one by now
--- (fence only). A moved request keeps its failure count; the node is noted as excluded.
+-- (fence only). A moved request keeps its failure count; the node is noted as excluded, and the attempt that ended
+-- so in the job's field `attempts`, which keeps the newest eight, one line of JSON each.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
@@ -19,17 +20,21 @@ local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local moved = {'ok'}
 local function move(id)
   local job = 'rq:job:' .. id
-  local fields = redis.call('HMGET', job, 'ref', 'excluded')
+  local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts')
   local ref = fields[1]
   if not ref then return end
   local excluded = fields[2] or ''
   if not string.find(',' .. excluded .. ',', ',' .. ARGV[4] .. ',', 1, true) then
     excluded = excluded == '' and ARGV[4] or (excluded .. ',' .. ARGV[4])
   end
+  local attempts, lines = {}, (fields[3] or '') .. '\n' .. string.format(
+    '{"attempt":"%s","node":"%s","cause":"%s"}', string.match(id, '[%d_]*$'), ARGV[4], ARGV[7])
+  for line in string.gmatch(lines, '[^\n]+') do attempts[#attempts + 1] = line end
   redis.call('ZREM', KEYS[8], id .. ':flexlb')
   redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
   redis.call('PERSIST', ARGV[3] .. 'pending:' .. ref)
-  redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7])
+  redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7],
+    'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
   redis.call('ZADD', KEYS[3], now, ref)
   moved[#moved + 1] = ref
 end
