@@ -49,6 +49,11 @@ COMMANDS = (
         module="dispatcher.audit",
     ),
     Command(
+        name="dead",
+        text="list dead letters, show why each died, send its record again, purge",
+        module="dispatcher.dead",
+    ),
+    Command(
         name="config",
         text="print the effective settings and where each comes from",
         module="dispatcher.config_command",

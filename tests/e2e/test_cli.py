@@ -53,7 +53,7 @@ async def started(
 
 
 COMMANDS = [
-    *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "config", "doctor"),
+    *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "dead", "config", "doctor"),
     *("agent", "engine-sim"),
 ]
 
