@@ -178,7 +178,8 @@ class Window:
         waiting = self._waiting.get(ref)
         if waiting is not None and ref not in self._urgent:
             self._urgent.add(ref)
-            queue = self._queues[(waiting.ref.lane, waiting.envelope.model)]
+            # Its queue may be gone for now: what is put aside stands in none.
+            queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
             heapq.heappush(queue, self._order(waiting))
 
     def hurry_batch_after(self, wait_ms: int) -> None:
@@ -187,7 +188,7 @@ class Window:
 
     def models(self) -> set[str]:
         """Models that something waits for."""
-        return {model for _, model in self._queues}
+        return {model for _, model in (*self._queues, *(key for key, _ in self._parked))}
 
     def loras(self) -> set[tuple[str, str]]:
         """Models and LoRA adapters of theirs that something waits for."""

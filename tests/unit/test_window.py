@@ -283,6 +283,19 @@ def test_more_heads_that_fit_no_node_are_put_aside_round_by_round() -> None:
     assert bench.bind_all() == [9_999]
 
 
+def test_a_request_put_aside_can_be_hurried_and_still_waits_for_its_model() -> None:
+    bench = Bench(fleet_of(node(max_model_len=100)), [waiting(1, prompt_tokens=500)])
+    assert bench.choose() is None
+    assert bench.window.models() == {"m"}
+    bench.window.hurry("i0_1")
+    bench.fleet.admit(node("large"), 0.0).admitted = True
+    chosen = bench.choose()
+    assert chosen is not None
+    assert (chosen[0].envelope.ref, chosen[1].node.name) == ("i0_1", "large")
+    bench.now_ms += 2_000
+    assert bench.choose() is None
+
+
 def test_a_request_put_aside_can_be_taken_out() -> None:
     bench = Bench(fleet_of(node(max_model_len=1_000)), [waiting(1, prompt_tokens=5_000)])
     assert bench.bind() is None
