@@ -34,6 +34,11 @@ COMMANDS = (
         text="run a real workload through a whole stack on this machine, then audit it",
         module="dispatcher.local.demo",
     ),
+    Command(
+        name="chaos",
+        text="break a whole stack under load by seeded faults, then audit it",
+        module="dispatcher.local.chaos",
+    ),
     Command(name="up", text="run a whole stack on this machine until Ctrl-C", module="dispatcher.local.up"),
     Command(name="dispatcher", text="run a dispatcher: a standby that may lead", module="dispatcher.serve"),
     Command(name="frontend", text="serve the OpenAI API over the queue", module="dispatcher.frontend.serve"),

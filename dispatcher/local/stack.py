@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +39,7 @@ class StackSettings:
     `redis`, `kafka` and `engines` name servers that exist, instead of local ones; one engine per node.
     Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
     0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
+    `redis_urls` gives some members, by name, another way to the same Redis.
     `frontend_port`: where the OpenAI API is served, 0 for any free port, None for nowhere.
     """
 
@@ -54,6 +55,8 @@ class StackSettings:
     max_running: int = 32
     policy: str = "prefill_cost"
     dispatcher_flags: tuple[str, ...] = ()
+    agent_flags: tuple[str, ...] = ()
+    redis_urls: Mapping[str, str] = field(default_factory=dict)
     profile: str = "h100-llama-8b"
     kv_blocks: int = 0
     engine_flags: tuple[str, ...] = ()
@@ -81,6 +84,11 @@ class Member:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process exists, frozen or not."""
+        return self._process.is_running
 
     @property
     def log_path(self) -> Path:
@@ -299,24 +307,29 @@ class LocalStack:
 
     def _describe_members(self, folder: Path, sockets: Path) -> None:
         settings = self.settings
-        common = ["--redis", self.redis, "--kafka", self.kafka, "--pool", settings.pool]
+
+        def common(name: str) -> list[str]:
+            redis = settings.redis_urls.get(name, self.redis)
+            return ["--redis", redis, "--kafka", self.kafka, "--pool", settings.pool]
+
         if settings.frontend_port is not None:
             frontend = Member(
                 "frontend-1", folder, "dispatcher frontend", "--port", port=settings.frontend_port
             )
-            frontend.arguments = common
+            frontend.arguments = common(frontend.name)
             self.frontends.append(frontend)
         for number in range(1, settings.dispatchers + 1):
             member = Member(f"dispatcher-{number}", folder, "dispatcher dispatcher", "--metrics-port")
-            member.arguments = [*common, "--policy", settings.policy, *settings.dispatcher_flags]
+            member.arguments = [*common(member.name), "--policy", settings.policy, *settings.dispatcher_flags]
             self.dispatchers.append(member)
         for number in range(1, settings.nodes + 1):
             agent = Member(f"agent-{number}", folder, "workers_agent", "--metrics-port")
             agent.arguments = [
-                *common,
+                *common(agent.name),
                 *("--node", f"node-{number}", "--models", settings.model),
                 *("--max-running", str(settings.max_running)),
                 *self._engine_of(number, folder, sockets),
+                *settings.agent_flags,
             ]
             self.agents.append(agent)
 

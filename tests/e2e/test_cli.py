@@ -53,7 +53,7 @@ async def started(
 
 
 COMMANDS = [
-    *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "dead", "config", "doctor"),
+    *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "dead", "config", "doctor", "chaos"),
     *("agent", "engine-sim"),
 ]
 

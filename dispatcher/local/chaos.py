@@ -1,0 +1,413 @@
+"""`flexlb chaos`: a whole stack under a steady load, broken by seeded faults, then audited.
+
+The load is open loop: a request is sent when its time has come, whatever became of earlier ones. The faults
+are planned before the first request; afterwards every answer is waited for, and the raw topics are audited.
+Exit code 0 only when the audit finds nothing and every outcome reached the sender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from dispatcher.audit import AuditResult, audit
+from dispatcher.audit import as_text as audit_text
+from dispatcher.client.client import Client
+from dispatcher.errors import LogUnavailable, SettingsError
+from dispatcher.local.chaos_faults import Chaos
+from dispatcher.local.chaos_report import (
+    DoneFault,
+    Increments,
+    Sent,
+    as_text,
+    chaos_report,
+    is_clean,
+    lateness_p99_s,
+)
+from dispatcher.local.chaos_schedule import NETWORK, STANDBY, FaultKind, PlannedFault, plan_faults
+from dispatcher.local.embedded_kafka import EmbeddedKafka
+from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
+from dispatcher.local.tcp_proxy import TcpProxy
+
+PATIENCE_S = 120.0
+"""How long answers are waited for after the last request."""
+SETTLE_S = 20.0
+LATE_S = 0.25
+RESEND_PAUSE_S = 0.2
+SHOW_EVERY_S = 0.5
+LOOK_EVERY_S = 2.0
+RESUMED_TOKENS = "flexlb_agent_resumed_tokens"
+SHORT_TOKENS = (4, 32)
+ENDPOINT = "/v1/completions"
+AGENT_FLAGS = ("--inter-token-timeout-s", "3", "--first-token-timeout-s", "15")
+"""An engine that fell silent is given up soon: a run of minutes can't wait for the default 30 s each time."""
+
+DESCRIPTION = """\
+Break a whole stack on this machine under a steady open-loop load, by faults that a seed chooses, then audit.
+
+Real processes: Apache Kafka where it can run, Valkey, dispatchers, agents and simulated engines. The seed
+decides which fault strikes when, for how long and whom; who leads at that moment is the run's own. Every kind
+chosen comes up equally often, one at a time unless --overlap is given. Afterwards every answer is waited for,
+and the raw topics are audited. Exit code: 0 nothing lost, nothing duplicated; 1 otherwise; 2 wrong use.
+
+Gap: the longest time after a fault without any outcome while requests waited, as their sender saw it.
+"""
+KINDS = textwrap.indent(textwrap.fill(", ".join(FaultKind), 100, break_on_hyphens=False), "  ")
+EPILOG = f"""\
+kinds of fault:
+  kill-*         kill -9, started again after a moment; Redis and Kafka keep their data
+  freeze-*       SIGSTOP, thawed after a few seconds: longer than its TTL for a leader or an agent
+  restart-*      SIGTERM, drained, started again, as in a rolling update
+  stall-, fail-, slow-, crash-engine   answers fall silent, fail, take 20 times as long, or kill it half-way
+  lose-redis     kill -9, and all its data is deleted
+  refuse-redis   every connection closed, new ones refused
+  cut-*, slow-*  the network between an agent or dispatcher and Redis is silent, or adds 0.1 s each way
+{KINDS}
+  Not cut: the way to Kafka, since brokers hand out their own address and clients go past any proxy;
+  freeze-kafka is the nearest to it. It breaks its own stack only: it can't be pointed at an existing cluster.
+
+examples:
+  flexlb chaos --seed 1 --minutes 4
+  flexlb chaos --seed 7 --minutes 2 --rate 40 --nodes 3 --faults kill-leader,freeze-leader,cut-dispatcher
+  flexlb chaos --seed 1 --minutes 4 --overlap --json report.json --folder logs
+"""
+
+
+def configure_chaos(parser: argparse.ArgumentParser) -> None:
+    """Flags of `flexlb chaos`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add = parser.add_argument
+    add("--seed", type=_seed, required=True, help="of faults and load; the same seed plans the same run")
+    add("--minutes", type=_minutes, required=True, help="how long the load lasts")
+    add(
+        "--rate", type=_rate, default=200.0, help="requests per second (default 200; lower on small machines)"
+    )
+    add("--nodes", type=_count, default=8, help="engines, each with an agent (default 8)")
+    add("--dispatchers", type=_count, default=3, help="one leads, the others stand by (default 3)")
+    add("--faults", type=_kinds, metavar="KIND,...", help="kinds of fault to choose from (default: all)")
+    add("--overlap", action="store_true", help="strike twice as often, whether or not the last one is mended")
+    add(
+        "--kafka",
+        choices=("auto", "apache", "embedded"),
+        default="auto",
+        help="which broker (default: Apache Kafka where it can run; the embedded one is never killed)",
+    )
+    add("--folder", type=Path, help="keep data and logs here (default: a temporary folder)")
+    add("--json", type=Path, metavar="FILE", help="leave the report here")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, seen {text}")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 1440:
+        raise argparse.ArgumentTypeError(f"expected 0.1 to 1440, seen {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 5000:
+        raise argparse.ArgumentTypeError(f"expected 0.1 to 5000, seen {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 64:
+        raise argparse.ArgumentTypeError(f"expected 1 to 64, seen {text}")
+    return value
+
+
+def _kinds(text: str) -> list[FaultKind]:
+    kinds = []
+    for word in text.split(","):
+        try:
+            kinds.append(FaultKind(word.strip()))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected some of {', '.join(FaultKind)}; seen {word[:40]!r}"
+            ) from None
+    return kinds
+
+
+async def run_chaos(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    current = asyncio.current_task()
+    assert current is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
+    try:
+        return await _chaos(options)
+    except asyncio.CancelledError:
+        _say("stopped")
+        return 130
+
+
+async def _chaos(options: argparse.Namespace) -> int:
+    seconds = options.minutes * 60
+    _check(options, seconds)
+    base = StackSettings(
+        nodes=options.nodes,
+        dispatchers=options.dispatchers,
+        broker=options.kafka,
+        agent_flags=AGENT_FLAGS,
+        dispatcher_flags=("--seed", str(options.seed + 1)),
+    )
+    async with AsyncExitStack() as cleanup:
+        folder = options.folder or Path(cleanup.enter_context(_temporary_folder()))
+        servers = await cleanup.enter_async_context(LocalServers(base, folder, tell=_say))
+        kinds = _possible(options, servers)
+        planned = plan_faults(options.seed, seconds, kinds, overlap=options.overlap)
+        proxies: dict[str, TcpProxy] = {}
+        if NETWORK & set(kinds):
+            proxies = await cleanup.enter_async_context(_proxied(servers, base))
+        urls = {name: f"redis://127.0.0.1:{proxy.port}/0" for name, proxy in proxies.items()}
+        settings = replace(base, redis_urls=urls)
+        stack = await cleanup.enter_async_context(
+            LocalStack(settings, folder=folder, servers=servers, tell=_say)
+        )
+        _say(f"the stack is up; {len(planned)} faults in {seconds:.0f} s at {options.rate:g} requests/s")
+        run = _Run(stack, proxies, planned, options)
+        await run.go(seconds)
+        _say("auditing the raw topics")
+        found = await audit(stack.kafka, settings.pool, settle_s=SETTLE_S)
+    return _conclude(options, run, found)
+
+
+def _conclude(options: argparse.Namespace, run: _Run, found: AuditResult) -> int:
+    report = chaos_report(
+        found,
+        run.faults,
+        run.sent,
+        run.until_s,
+        resumed_tokens=run.resumed_tokens,
+        seed=options.seed,
+        minutes=options.minutes,
+        rate=options.rate,
+        nodes=options.nodes,
+        dispatchers=options.dispatchers,
+        overlap=options.overlap,
+        machine=machine(),
+    )
+    print(as_text(report))
+    if found.findings:
+        print(audit_text(replace(found, reexecuted=[])))
+    if (late_s := lateness_p99_s(run.sent)) > LATE_S:
+        _say(f"the sender itself fell behind (p99 {late_s:.1f} s), so gaps are partly its own: lower --rate")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    _say("clean: nothing lost, one answer each" if is_clean(report) else "NOT clean, see above")
+    return 0 if is_clean(report) else 1
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="flexlb-", ignore_cleanup_errors=True)
+
+
+def _check(options: argparse.Namespace, seconds: float) -> None:
+    """Refuse what can't be run before anything is started."""
+    kinds = set(options.faults or FaultKind)
+    if options.dispatchers < 2:
+        if STANDBY & set(options.faults or ()):
+            raise SettingsError("--dispatchers: expected at least 2 for faults of a standby, seen 1")
+        kinds -= STANDBY
+    plan_faults(options.seed, seconds, list(kinds), overlap=options.overlap)
+
+
+def _possible(options: argparse.Namespace, servers: LocalServers) -> list[FaultKind]:
+    """The kinds chosen, without those that prove nothing here."""
+    kinds = set(options.faults or FaultKind)
+    if options.dispatchers < 2:
+        kinds -= STANDBY
+    if isinstance(servers.broker, EmbeddedKafka) and FaultKind.KILL_KAFKA in kinds:
+        if options.faults:
+            raise SettingsError("--faults: kill-kafka needs Apache Kafka; the embedded broker keeps no data")
+        kinds.remove(FaultKind.KILL_KAFKA)
+        _say("the embedded broker is not killed: it keeps no data")
+    return sorted(kinds)
+
+
+@asynccontextmanager
+async def _proxied(servers: LocalServers, settings: StackSettings) -> AsyncIterator[dict[str, TcpProxy]]:
+    """A proxy to Redis for each dispatcher and agent."""
+    target = urlsplit(servers.redis)
+    assert target.hostname is not None
+    assert target.port is not None
+    names = [f"dispatcher-{number}" for number in range(1, settings.dispatchers + 1)]
+    names += [f"agent-{number}" for number in range(1, settings.nodes + 1)]
+    async with AsyncExitStack() as cleanup:
+        yield {
+            name: await cleanup.enter_async_context(TcpProxy(target.hostname, target.port)) for name in names
+        }
+
+
+class _Run:
+    """One run: the load, the faults, and what came of both."""
+
+    def __init__(
+        self,
+        stack: LocalStack,
+        proxies: dict[str, TcpProxy],
+        planned: list[PlannedFault],
+        options: argparse.Namespace,
+    ) -> None:
+        self.sent: list[Sent] = []
+        self.faults: list[DoneFault] = []
+        self.until_s = 0.0
+        self._resumed = Increments()
+        self._stack = stack
+        self._planned = planned
+        self._overlap: bool = options.overlap
+        self._rate: float = options.rate
+        self._rng = random.Random(options.seed)
+        self._chaos = Chaos(stack, proxies, tell=_say, struck=self.faults.append)
+        self._answered = 0
+        self._last_tell_s = 0.0
+
+    @property
+    def resumed_tokens(self) -> int:
+        """Tokens of earlier attempts that later ones went on from, as agents count them."""
+        return round(self._resumed.total)
+
+    async def go(self, seconds: float) -> None:
+        """Load and break for `seconds`, then wait for what is unanswered."""
+        async with Client(self._stack.kafka, self._stack.settings.pool) as client:
+            async with asyncio.TaskGroup() as group:
+                aside = [group.create_task(self._show(seconds)), group.create_task(self._watch_agents())]
+                breaking = group.create_task(self._break())
+                waiting = await self._load(client, seconds)
+                await breaking
+                if waiting:
+                    _, missing = await asyncio.wait(waiting, timeout=PATIENCE_S)
+                    for task in missing:
+                        task.cancel()
+                    await asyncio.gather(*missing, return_exceptions=True)
+                for task in aside:
+                    task.cancel()
+        self.until_s = time.monotonic()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    async def _break(self) -> None:
+        began_s = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for fault in self._planned:
+                await asyncio.sleep(max(0.0, began_s + fault.at_s - time.monotonic()))
+                if self._overlap:
+                    group.create_task(self._chaos.do(fault))
+                else:
+                    await self._chaos.do(fault)
+
+    async def _load(self, client: Client, seconds: float) -> set[asyncio.Task[None]]:
+        """Send at the planned times; returns those that wait for an answer."""
+        waiting: set[asyncio.Task[None]] = set()
+        began_s = time.monotonic()
+        try:
+            for number in range(round(seconds * self._rate)):
+                at_s = began_s + number / self._rate
+                await asyncio.sleep(max(0.0, at_s - time.monotonic()))
+                now_s = time.monotonic()
+                sent = Sent(submitted_s=now_s, late_s=now_s - at_s)
+                self.sent.append(sent)
+                prompt = f"request {number}: " + "word " * self._rng.randint(4, 64)
+                body = {"prompt": prompt, "max_tokens": self._rng.randint(*SHORT_TOKENS)}
+                task = asyncio.create_task(self._ask(client, f"chaos-{number}", body, sent))
+                waiting.add(task)
+                task.add_done_callback(waiting.discard)
+        except BaseException:
+            for task in list(waiting):
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            raise
+        return waiting
+
+    async def _ask(self, client: Client, id: str, body: dict[str, Any], sent: Sent) -> None:
+        while True:
+            try:
+                await client.submit(self._stack.settings.model, ENDPOINT, body, id=id)
+                break
+            except LogUnavailable:
+                await asyncio.sleep(RESEND_PAUSE_S)  # the same id again is the same request
+        outcome = await client.outcome(id)
+        progress = client.progress(id)
+        sent.ended_s = progress.ended_s or time.monotonic()
+        sent.kind, sent.attempts = outcome.kind, progress.attempts
+        self._answered += 1
+
+    async def _watch_agents(self) -> None:
+        """Read each agent's counter of resumed tokens, often enough to miss little of one that is killed."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LOOK_EVERY_S)) as session:
+            while True:
+                await asyncio.gather(*(self._look(session, agent) for agent in self._stack.agents))
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, session: aiohttp.ClientSession, agent: Member) -> None:
+        try:
+            async with session.get(f"{agent.url}/metrics") as response:
+                families = list(text_string_to_metric_families(await response.text()))
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return  # killed or frozen just now
+        for family in families:
+            if family.name == RESUMED_TOKENS:
+                told = [one.value for one in family.samples if one.name == f"{RESUMED_TOKENS}_total"]
+                self._resumed.see(agent.name, sum(told))
+
+    async def _show(self, seconds: float) -> None:
+        """A live line on terminals; elsewhere the faults' own lines, and one per ten seconds."""
+        began_s = time.monotonic()
+        while True:
+            line = (
+                f"{time.monotonic() - began_s:.0f} of {seconds:.0f} s: {len(self.sent)} sent, "
+                f"{len(self.sent) - self._answered} waiting, "
+                f"{len(self.faults)} of {len(self._planned)} faults"
+            )
+            if sys.stderr.isatty():
+                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            elif time.monotonic() - self._last_tell_s > 10:
+                self._last_tell_s = time.monotonic()
+                _say(line)
+            await asyncio.sleep(SHOW_EVERY_S)
+
+
+def machine() -> str:
+    """This machine in words."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
+        )
+    return (
+        f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def _say(text: str) -> None:
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{start}flexlb: {text}", file=sys.stderr, flush=True)
