@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -299,7 +300,7 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 aside = [group.create_task(self._show(seconds)), group.create_task(self._watch_agents())]
                 breaking = group.create_task(self._break())
-                waiting = await self._load(client, seconds)
+                waiting = await self._load(client, seconds, breaking)
                 await breaking
                 if waiting:
                     _, missing = await asyncio.wait(waiting, timeout=PATIENCE_S)
@@ -322,12 +323,21 @@ class _Run:
                 else:
                     await self._chaos.do(fault)
 
-    async def _load(self, client: Client, seconds: float) -> set[asyncio.Task[None]]:
-        """Send at the planned times; returns those that wait for an answer."""
+    async def _load(
+        self, client: Client, seconds: float, breaking: asyncio.Task[None]
+    ) -> set[asyncio.Task[None]]:
+        """Send at the planned times, and on until the last fault is mended if that comes later.
+
+        Returns:
+            What waits for an answer.
+        """
         waiting: set[asyncio.Task[None]] = set()
         began_s = time.monotonic()
+        planned = round(seconds * self._rate)
         try:
-            for number in range(round(seconds * self._rate)):
+            for number in itertools.takewhile(
+                lambda n: n < planned or not breaking.done(), itertools.count()
+            ):
                 at_s = began_s + number / self._rate
                 await asyncio.sleep(max(0.0, at_s - time.monotonic()))
                 now_s = time.monotonic()

@@ -16,7 +16,7 @@ from dispatcher.errors import SettingsError
 LEAST_SLOT_S = 6.0
 """Least time from one fault to the next without overlap; with it, half."""
 SLOT_S = 8.0
-CALM_S = 5.0
+CALM_S = 3.0
 """Load without faults before the first one and after the last one's slot."""
 
 

