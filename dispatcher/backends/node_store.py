@@ -88,10 +88,7 @@ class NodeStore:
             names.node(node),
             names.load(node),
             names.held(node),
-            names.reports,
-            names.generation,
             names.worker(node),
-            names.claimed(node),
             *(names.cached_blocks(node, medium) for medium in Medium),
         )
         arguments: list[Argument] = [
@@ -102,6 +99,8 @@ class NodeStore:
             now_iso,
             names.queue(node),
             WORKER_TTL_S,
+            names.reports,
+            names.generation,
             len(held),
         ]
         for job, (envelope, data) in held.items():
@@ -116,10 +115,10 @@ class NodeStore:
     async def report(self, report: NodeReport) -> str:
         """Publish load; returns the generation id, raises Fenced."""
         names, node = self.names, self.node
-        keys = (names.node(node), names.load(node), names.reports, names.generation)
-        answer = await self._runner.run(
-            "report", keys, [report.incarnation, codec.encode(report), self._heartbeat_ms]
-        )
+        keys = (names.node(node), names.load(node))
+        arguments: list[Argument] = [report.incarnation, codec.encode(report), self._heartbeat_ms]
+        arguments += (names.reports, names.generation)
+        answer = await self._runner.run("report", keys, arguments)
         return str(answer.decode())
 
     async def publish_blocks(self, events: Sequence[BlockEvent]) -> int:
@@ -135,10 +134,10 @@ class NodeStore:
         tiers = list(Medium)
         keys = (
             names.node(node),
-            names.blocks,
             *(names.cached_blocks(node, medium) for medium in tiers),
         )
-        arguments: list[Argument] = [events[0].incarnation, NODE_TTL_MS, KEPT_BLOCK_EVENTS, len(events)]
+        arguments: list[Argument] = [events[0].incarnation, NODE_TTL_MS, KEPT_BLOCK_EVENTS]
+        arguments += (names.blocks, len(events))
         for event in events:
             arguments += (
                 event.sequence,
@@ -209,8 +208,8 @@ class NodeStore:
     async def complete(self, incarnation: str, endings: Sequence[Ending]) -> list[str]:
         """End attempts; 'ok' or 'lost' for each, raises Fenced."""
         names, node = self.names, self.node
-        keys = (names.node(node), names.claimed(node), names.closing, names.wip(node))
-        arguments: list[Argument] = [incarnation, len(endings)]
+        keys = (names.node(node), names.claimed(node), names.wip(node))
+        arguments: list[Argument] = [incarnation, names.closing, len(endings)]
         for ending in endings:
             arguments += (ending.job, ending.kind, ending.ref, ending.id, ending.payload)
         return [answer.decode() for answer in await self._runner.run("complete", keys, arguments)]

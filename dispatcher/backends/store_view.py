@@ -213,11 +213,14 @@ class StoreView:
             pipe.lrange(self.names.intermediate(node), 0, -1)
             pipe.zrange(self.names.claimed(node), 0, -1)
             queued, delivering, claimed = await self._ask(pipe.execute(), "jobs")
-            ids = [*queued, *delivering, *claimed]
+            # Whoever may write a queue can put any id into it: no other node's job, and no text of theirs.
+            mine = f"{self.names.queue(node)}--".encode()
+            waiting = [job for job in (*queued, *delivering) if job.startswith(mine) and job.isascii()]
+            ids = waiting + [job for job in claimed if job.startswith(mine) and job.isascii()]
             fields = await self._job_fields([self.names.job(job.decode()) for job in ids])
             for index, (job, stored) in enumerate(zip(ids, fields, strict=True)):
                 if stored[0] is not None:
-                    in_hand = index >= len(queued) + len(delivering)
+                    in_hand = index >= len(waiting)
                     ledger.jobs.append(_stored_job(job.decode(), node, stored, claimed=in_hand))
 
     async def _read_pending(self, ledger: StoredLedger) -> None:

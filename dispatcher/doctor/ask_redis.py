@@ -16,7 +16,7 @@ from dispatcher.protocol.names import Names
 from dispatcher.protocol.node import NodeIdentity
 
 CLOCK_LOOKS = 3
-OURS, RQS = "flexlb:{pool}:doctor", "rq:doctor"
+OURS, RQS = "flexlb:{pool}:doctor", "rq:job:{pool}--doctor"
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("DEL", OURS),
     ("EVAL", "return 1", "1", OURS),
@@ -37,6 +37,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("PERSIST", OURS),
     ("PEXPIRE", OURS, "1"),
     ("PING",),
+    ("PTTL", OURS),
     ("RENAME", OURS, RQS),
     ("RPUSH", RQS, "v"),
     ("SADD", RQS, "v"),

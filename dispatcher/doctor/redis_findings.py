@@ -10,6 +10,7 @@ from dispatcher.doctor.facts import Finding, RedisFacts, Status
 OLDEST_REDIS = (7, 0)
 FULL = 0.95
 FILLING = 0.8
+SAMPLE = "dispatcher/deploy/redis-acl.conf"
 INFO_DENIED = "ACL SETUSER {user} +info +config|get +acl|whoami +acl|dryrun"
 
 
@@ -157,16 +158,17 @@ def _permissions(facts: RedisFacts) -> Finding:
             fix=f"ACL SETUSER {user} +acl|whoami +acl|dryrun",
         )
     if not facts.denied:
-        return Finding(
-            check=check, status=Status.OK, found=f"user {user} may run every command of a dispatcher"
-        )
+        found = f"user {user} may run every command of a dispatcher"
+        if user == "default":
+            found += f", and all else; {SAMPLE} has users with the least rights"
+        return Finding(check=check, status=Status.OK, found=found)
     rules = " ".join(f"+{command.lower()}" for command in sorted(facts.denied))
     first = next(iter(facts.denied.values()))
     return Finding(
         check=check,
         status=Status.FAIL,
         found=f"user {user} is refused {', '.join(sorted(facts.denied))} ({first})",
-        fix=f"ACL SETUSER {user} ~flexlb:* ~rq:* {rules}; ACL SAVE",
+        fix=f"ACL SETUSER {user} ~flexlb:* ~rq:* {rules}; ACL SAVE; {SAMPLE} has users with the least rights",
     )
 
 

@@ -124,7 +124,7 @@ class Names:
 
     | name                    | type   | lives                | writes | reads |
     |-------------------------|--------|----------------------|--------|-------|
-    | leader                  | string | lock TTL             | L      | L, A  |
+    | leader                  | string | lock TTL             | L      | L     |
     | epoch                   | string | permanent            | L      | L     |
     | renewals                | string | permanent            | L      | L     |
     | generation              | hash   | permanent            | L      | L, A  |

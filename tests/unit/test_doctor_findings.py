@@ -325,7 +325,9 @@ def test_redis_is_new_enough_from_seven(version: str, status: Status) -> None:
 def test_fix_of_permissions_names_what_is_missing() -> None:
     facts = replace(REDIS, user="u", denied={"XADD": "no", "EVALSHA": "no"})
     fix = the("redis permissions", redis_findings(facts)).fix
-    assert fix == "ACL SETUSER u ~flexlb:* ~rq:* +evalsha +xadd; ACL SAVE"
+    assert fix.startswith("ACL SETUSER u ~flexlb:* ~rq:* +evalsha +xadd; ACL SAVE; ")
+    assert "dispatcher/deploy/redis-acl.conf" in fix
+    assert (files("dispatcher") / "deploy" / "redis-acl.conf").is_file()
 
 
 def test_permissions_cover_every_command_of_the_leader_s_scripts() -> None:

@@ -15,11 +15,16 @@ end
 for _, node in ipairs(redis.call('SMEMBERS', KEYS[6])) do
   local queue = ARGV[3] .. '--' .. node
   local claimed = prefix .. 'node:' .. node .. ':claimed'
+  local function drop(ids)
+    for _, id in ipairs(ids) do
+      if string.sub(id, 1, #queue + 2) == queue .. '--' then redis.call('DEL', 'rq:job:' .. id) end
+    end
+  end
   for _, list in ipairs({'rq:queue:' .. queue, 'rq:queue:' .. queue .. ':intermediate'}) do
-    for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do redis.call('DEL', 'rq:job:' .. id) end
+    drop(redis.call('LRANGE', list, 0, -1))
     redis.call('DEL', list)
   end
-  for _, id in ipairs(redis.call('ZRANGE', claimed, 0, -1)) do redis.call('DEL', 'rq:job:' .. id) end
+  drop(redis.call('ZRANGE', claimed, 0, -1))
   redis.call('DEL', claimed, 'rq:wip:' .. queue)
 end
 redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[7])

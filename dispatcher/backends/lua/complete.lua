@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- End attempts: store outcomes, or hand failed and unfinished ones back to the leader.
--- KEYS  1 node  2 claimed  3 closing  4 RQ wip
--- ARGV  1 incarnation  2 items n
+-- KEYS  1 node  2 claimed  3 RQ wip
+-- ARGV  1 incarnation  2 closing (no KEYS, as in register)  3 items n
 --       n x (job id, kind 'outcome'|'failed'|'released', ref, request id, payload)
 --       payload: the outcome, or the failed attempt
 -- Returns one answer per item: 'ok', or 'lost' when this attempt is not (or no longer) held here;
@@ -11,14 +11,14 @@ local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
 if known[1] ~= ARGV[1] or known[2] == ARGV[1] then
   return redis.error_reply('FENCED this incarnation is ' .. (known[1] and 'fenced' or 'unknown'))
 end
-local at = 3
+local at = 4
 local answers = {}
-for i = 1, tonumber(ARGV[2]) do
+for i = 1, tonumber(ARGV[3]) do
   local job, kind, ref, id, payload = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
   at = at + 5
   if redis.call('ZREM', KEYS[2], job) == 1 then
-    redis.call('XADD', KEYS[3], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
-    redis.call('ZREM', KEYS[4], job .. ':flexlb')
+    redis.call('XADD', ARGV[2], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
+    redis.call('ZREM', KEYS[3], job .. ':flexlb')
     if kind == 'outcome' then
       redis.call('DEL', 'rq:job:' .. job)
     else

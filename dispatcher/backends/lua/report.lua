@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Publish a node's load: its hash, its heartbeat, and the stream that leaders follow.
--- KEYS  1 node  2 load  3 reports  4 generation
--- ARGV  1 incarnation  2 report (JSON)  3 heartbeat ttl ms
+-- KEYS  1 node  2 load
+-- ARGV  1 incarnation  2 report (JSON)  3 heartbeat ttl ms  4 reports stream  5 generation
+--       (no KEYS, as in register)
 -- Returns the generation id ('' while no leader has made one); error FENCED when this incarnation
 -- is fenced, replaced or unknown.
 local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
@@ -10,5 +11,5 @@ if known[1] ~= ARGV[1] or known[2] == ARGV[1] then
 end
 redis.call('HSET', KEYS[2], 'incarnation', ARGV[1], 'report', ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-redis.call('XADD', KEYS[3], 'MAXLEN', '~', 20000, '*', 'kind', 'report', 'body', ARGV[2])
-return redis.call('HGET', KEYS[4], 'id') or ''
+redis.call('XADD', ARGV[4], 'MAXLEN', '~', 20000, '*', 'kind', 'report', 'body', ARGV[2])
+return redis.call('HGET', ARGV[5], 'id') or ''

@@ -7,7 +7,7 @@
 --            'expired': move claimed jobs whose lease has ended (held by nobody)
 --            'others':  move claimed jobs of other incarnations than ARGV[6]
 -- Returns {counter, {'ok', ref, ref...}}; {counter, {'other', incarnation}} when the node has another one by now
--- (fence only). A moved request keeps its failure count; the node is noted as excluded, and the attempt that ended
+-- (fence only). Ids that are not this node's are none of its work, whoever put them there. A moved request keeps its failure count; the node is noted as excluded, and the attempt that ended
 -- so in the job's field `attempts`, which keeps the newest eight, one line of JSON each.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
@@ -18,7 +18,9 @@ end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local moved = {'ok'}
+local mine = string.match(KEYS[6], '^rq:queue:(.*)$') .. '--'
 local function move(id)
+  if string.sub(id, 1, #mine) ~= mine then return end
   local job = 'rq:job:' .. id
   local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts')
   local ref = fields[1]
