@@ -53,6 +53,9 @@ PATIENCE_S = 120.0
 SETTLE_S = 20.0
 LATE_S = 0.25
 RESEND_PAUSE_S = 0.2
+RECOVERY_S = 20.0
+"""How long the next fault waits for service to be back after the last."""
+POLL_S = 0.05
 SHOW_EVERY_S = 0.5
 LOOK_EVERY_S = 2.0
 RESUMED_TOKENS = "flexlb_agent_resumed_tokens"
@@ -287,6 +290,7 @@ class _Run:
         self._rng = random.Random(options.seed)
         self._chaos = Chaos(stack, proxies, tell=_say, struck=self.faults.append)
         self._answered = 0
+        self._outcome_s = 0.0
         self._last_tell_s = 0.0
 
     @property
@@ -322,6 +326,13 @@ class _Run:
                     group.create_task(self._chaos.do(fault))
                 else:
                     await self._chaos.do(fault)
+                    await self._serves_again(time.monotonic())
+
+    async def _serves_again(self, mended_s: float) -> None:
+        """Wait a while for an outcome after a fault was mended: the next one is to find a working stack."""
+        until_s = mended_s + RECOVERY_S
+        while self._outcome_s < mended_s and time.monotonic() < until_s:  # noqa: ASYNC110 - one waits at most
+            await asyncio.sleep(POLL_S)
 
     async def _load(
         self, client: Client, seconds: float, breaking: asyncio.Task[None]
@@ -364,7 +375,7 @@ class _Run:
                 await asyncio.sleep(RESEND_PAUSE_S)  # the same id again is the same request
         outcome = await client.outcome(id)
         progress = client.progress(id)
-        sent.ended_s = progress.ended_s or time.monotonic()
+        sent.ended_s = self._outcome_s = progress.ended_s or time.monotonic()
         sent.kind, sent.attempts = outcome.kind, progress.attempts
         self._answered += 1
 
