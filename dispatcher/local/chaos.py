@@ -290,7 +290,7 @@ class _Run:
         self._rng = random.Random(options.seed)
         self._chaos = Chaos(stack, proxies, tell=_say, struck=self.faults.append)
         self._answered = 0
-        self._outcome_s = 0.0
+        self._served_s = 0.0
         self._last_tell_s = 0.0
 
     @property
@@ -329,9 +329,12 @@ class _Run:
                     await self._serves_again(time.monotonic())
 
     async def _serves_again(self, mended_s: float) -> None:
-        """Wait a while for an outcome after a fault was mended: the next one is to find a working stack."""
+        """Wait a while until a request sent since is answered: the next fault is to find a working stack.
+
+        Any outcome would not do: some were published before the fault, and are only read after it.
+        """
         until_s = mended_s + RECOVERY_S
-        while self._outcome_s < mended_s and time.monotonic() < until_s:  # noqa: ASYNC110 - one waits at most
+        while self._served_s < mended_s and time.monotonic() < until_s:  # noqa: ASYNC110 - one waits at most
             await asyncio.sleep(POLL_S)
 
     async def _load(
@@ -375,7 +378,8 @@ class _Run:
                 await asyncio.sleep(RESEND_PAUSE_S)  # the same id again is the same request
         outcome = await client.outcome(id)
         progress = client.progress(id)
-        sent.ended_s = self._outcome_s = progress.ended_s or time.monotonic()
+        sent.ended_s = progress.ended_s or time.monotonic()
+        self._served_s = max(self._served_s, sent.submitted_s)
         sent.kind, sent.attempts = outcome.kind, progress.attempts
         self._answered += 1
 

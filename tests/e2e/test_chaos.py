@@ -43,7 +43,7 @@ async def test_several_kinds_of_fault_lose_nothing_and_answer_once(tmp_path: Pat
     assert found["faults"]["kill-leader"]["gap_max_ms"] > 1000
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 async def test_sigterm_in_mid_run_leaves_nothing(tmp_path: Path) -> None:
     flags = ("--seed", "1", "--minutes", "5", "--rate", "5", "--nodes", "1", "--faults", "freeze-agent")
     async with started("chaos", *flags, environment={"TMPDIR": str(tmp_path)}) as process:
