@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import time
 from array import array
 from bisect import bisect_left
@@ -35,12 +34,16 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from dispatcher.backends.access import KAFKA_ACCESS
 from dispatcher.backends.addresses import KAFKA_SERVERS, is_kafka_servers
+from dispatcher.backends.connect import connect_kafka
+from dispatcher.backends.environment import add_flags, read_settings
 from dispatcher.errors import LogUnavailable, SettingsError
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, Lane, Names, Ref
 from dispatcher.protocol.outcome import Reason
 from dispatcher.protocol.request import InferenceRequest
+from dispatcher.settings import DispatcherSettings
 
 IDENTITY_WINDOW_MS = 600_000
 SETTLE_S = 10.0
@@ -716,16 +719,7 @@ async def _range(consumer: Any, since_ms: int, to_ms: int | None = None) -> Rang
 def configure_audit(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb audit`."""
     add = parser.add_argument
-    add(
-        "--kafka",
-        default=os.environ.get("FLEXLB_KAFKA", "127.0.0.1:9092"),
-        help="Kafka bootstrap servers, host:port[,host:port] (FLEXLB_KAFKA, default 127.0.0.1:9092)",
-    )
-    add(
-        "--pool",
-        default=os.environ.get("FLEXLB_POOL", "default"),
-        help="pool to audit (FLEXLB_POOL, default 'default')",
-    )
+    add_flags(parser, DispatcherSettings, only={"kafka", "pool", *KAFKA_ACCESS})
     times = "ISO 8601 (UTC unless it says otherwise) or epoch seconds, by the broker's clock"
     add(
         "--from", dest="from_ms", type=parse_time, metavar="T", help=f"{times} (default: an hour before --to)"
@@ -772,7 +766,11 @@ async def run_audit(options: argparse.Namespace) -> int:
     from_ms = max(0, to_ms - 3_600_000) if options.from_ms is None else options.from_ms
     if from_ms > to_ms:
         raise SettingsError(f"--from: expected a time before --to ({_iso(to_ms)}), seen {_iso(from_ms)}")
-    result = await audit(options.kafka, options.pool, from_ms, to_ms, options.settle)
+    settings = read_settings(DispatcherSettings, vars(options))
+    kafka = connect_kafka(settings.kafka, settings.kafka_access)
+    result = await audit(
+        settings.kafka, settings.pool, from_ms, to_ms, options.settle, consumers=kafka.consumer
+    )
     print(as_json(result) if options.json else as_text(result, show=options.show))
     return result.exit_code
 

@@ -94,7 +94,7 @@ def configure_dead(parser: argparse.ArgumentParser) -> None:
 async def run_dead(options: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit code."""
     settings = read_settings(DispatcherSettings, vars(options))
-    log = DeadLog(connect_kafka(settings.kafka), Names(settings.pool))
+    log = DeadLog(connect_kafka(settings.kafka, settings.kafka_access), Names(settings.pool))
     match options.action:
         case "list":
             return await _list(log, options)

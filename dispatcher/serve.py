@@ -14,6 +14,7 @@ import uuid
 from prometheus_client import CollectorRegistry
 
 from dispatcher.app import Dispatcher
+from dispatcher.backends.access import KAFKA_ACCESS
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import add_flags, read_settings
@@ -38,8 +39,8 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
     registry = CollectorRegistry()
     dispatcher = Dispatcher(
         settings,
-        redis=lambda: connect_redis(settings.redis),
-        kafka=connect_kafka(settings.kafka),
+        redis=lambda: connect_redis(settings.redis, access=settings.redis_access),
+        kafka=connect_kafka(settings.kafka, settings.kafka_access),
         clock=Clock(),
         new_id=lambda: uuid.uuid4().hex,
         rng=random.Random(settings.seed or None),
@@ -77,7 +78,8 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
 
 def configure_init(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb init`."""
-    add_flags(parser, DispatcherSettings, only={"kafka", "pool", "topic_partitions", "topic_replication"})
+    only = {"kafka", "pool", "topic_partitions", "topic_replication", *KAFKA_ACCESS}
+    add_flags(parser, DispatcherSettings, only=only)
 
 
 async def run_init(options: argparse.Namespace) -> int:
@@ -92,7 +94,7 @@ async def run_init(options: argparse.Namespace) -> int:
 async def create_pool_topics(settings: DispatcherSettings) -> list[str]:
     """Create a pool's topics; returns those that did not exist."""
     return await create_topics(
-        connect_kafka(settings.kafka),
+        connect_kafka(settings.kafka, settings.kafka_access),
         Names(settings.pool),
         partitions=settings.topic_partitions,
         replication_factor=settings.topic_replication,

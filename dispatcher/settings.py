@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import KafkaServers, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN
 
 
-class DispatcherSettings(BaseSettings):
+class DispatcherSettings(AccessSettings):
     """Everything a dispatcher can be told."""
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)

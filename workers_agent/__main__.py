@@ -85,8 +85,8 @@ async def _run(settings: AgentSettings) -> int:
         settings = await _with_models(settings, engine, stop, log)
         agent = Agent(
             settings,
-            redis=lambda: connect_redis(settings.redis),
-            kafka=connect_kafka(settings.kafka),
+            redis=lambda: connect_redis(settings.redis, access=settings.redis_access),
+            kafka=connect_kafka(settings.kafka, settings.kafka_access),
             engine=engine,
             clock=Clock(),
             new_id=lambda: uuid.uuid4().hex,

@@ -120,7 +120,7 @@ class _Run:
     async def run(self) -> str:
         """Claim, run, complete."""
         settings = self._settings
-        client = connect_redis(settings.redis)
+        client = connect_redis(settings.redis, access=settings.redis_access)
         store = NodeStore(
             ScriptRunner(client),
             self._names,
@@ -128,7 +128,7 @@ class _Run:
             heartbeat_ttl_s=settings.heartbeat_ttl_s,
             lease_s=settings.claim_lease_s,
         )
-        kafka = connect_kafka(settings.kafka)
+        kafka = connect_kafka(settings.kafka, settings.kafka_access)
         replies, bodies = ReplyLog(kafka, self._names), BodyLog(kafka)
         engine = OpenAIEngine(
             settings.engine_url,

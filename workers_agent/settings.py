@@ -6,8 +6,9 @@ import socket
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import HttpUrl, KafkaServers, MaybeZeroMQ, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN, node_name_from_host
 from dispatcher.protocol.node import Role
@@ -15,7 +16,7 @@ from dispatcher.protocol.node import Role
 NAME = rf"^{POOL_PATTERN}$"
 
 
-class AgentSettings(BaseSettings):
+class AgentSettings(AccessSettings):
     """Everything an agent can be told."""
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)

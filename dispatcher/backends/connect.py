@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from dispatcher.backends.access import KafkaAccess, RedisAccess
 from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_servers, is_redis_url, masked
 from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
@@ -27,20 +28,41 @@ from dispatcher.tasks import to_the_end
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
 CLOSE_TIMEOUT_S = 5.0
+LOGIN = "kafka_user, kafka_password and kafka_mechanism"
+"""The Kafka client tells a refused login in its log alone."""
+NO_LOGIN = RedisAccess()
+PLAINTEXT = KafkaAccess()
 
 
-def connect_redis(url: str, *, timeout_s: float = REDIS_TIMEOUT_S, max_connections: int = 64) -> Redis:
+def connect_redis(
+    url: str,
+    *,
+    access: RedisAccess = NO_LOGIN,
+    timeout_s: float = REDIS_TIMEOUT_S,
+    max_connections: int = 64,
+) -> Redis:
     """Make a client; it connects on first use and reconnects by itself.
 
     Raises:
-        SettingsError: `url` is none; never shows its password.
+        SettingsError: `url` is none, or a TLS file can't be used; never shows a password.
     """
     wrong = f"redis: expected {REDIS_URL.expected}, seen {masked(url)!r}"
     if not is_redis_url(url):
         raise SettingsError(wrong)
+    tls, login = access.tls, {"username": access.user or None, "password": access.password or None}
+    files: dict[str, str | None] = {}
+    if url.startswith("rediss:"):
+        tls.context()  # a file that can't be used is told at the start, not at each connection
+        files["ssl_ca_certs"] = tls.ca_file or None
+        if tls.cert_file:
+            files |= {"ssl_certfile": tls.cert_file, "ssl_keyfile": tls.key_file or None}
+    elif tls.is_set:
+        raise SettingsError(f"redis: expected rediss:// with a CA or certificate file, seen {masked(url)!r}")
     try:
         pool = make_pool(
             url,
+            **login,
+            **files,
             protocol=2,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
@@ -77,33 +99,42 @@ class KafkaClients:
     producer: Callable[..., Any]
     admin: Callable[..., Any]
     bootstrap: str = ""
+    protocol: str = "PLAINTEXT"
 
     def unanswered(self, doing: str, error: BaseException) -> LogUnavailable:
         """What whoever starts is told when the brokers did not do it."""
         if isinstance(error, KafkaConnectionError | OSError):
             return LogUnavailable(
                 f"{doing}: Kafka at {self.bootstrap} did not answer: start it, or set kafka (--kafka, "
-                "FLEXLB_KAFKA) to its bootstrap servers"
+                f"FLEXLB_KAFKA) to its bootstrap servers; if it runs, its listener may speak another "
+                f"kafka_protocol than {self.protocol}"
+                + (", or not be signed by kafka_ca_file" if self.protocol.endswith("SSL") else "")
+                + (f", or refuse the login: see {LOGIN}" if self.protocol.startswith("SASL_") else "")
             )
         return LogUnavailable(f"{doing}: {error!r}")
 
 
-def connect_kafka(bootstrap: str) -> KafkaClients:
+def connect_kafka(bootstrap: str, access: KafkaAccess = PLAINTEXT) -> KafkaClients:
     """aiokafka's own clients for `bootstrap` (`host:port[,host:port]`).
 
     Raises:
-        SettingsError: `bootstrap` is no such list.
+        SettingsError: `bootstrap` is no such list, or a TLS file can't be used.
     """
     if not is_kafka_servers(bootstrap):
         raise SettingsError(f"kafka: expected {KAFKA_SERVERS.expected}, seen {bootstrap!r}")
+    secured: dict[str, Any] = access.options
 
     def consumer(*topics: str, **options: Any) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(*topics, bootstrap_servers=bootstrap, enable_auto_commit=False, **options)
+        return AIOKafkaConsumer(
+            *topics, bootstrap_servers=bootstrap, enable_auto_commit=False, **secured, **options
+        )
 
     def producer(**options: Any) -> AIOKafkaProducer:
-        return AIOKafkaProducer(bootstrap_servers=bootstrap, **options)
+        return AIOKafkaProducer(bootstrap_servers=bootstrap, **secured, **options)
 
     def admin(**options: Any) -> AIOKafkaAdminClient:
-        return AIOKafkaAdminClient(bootstrap_servers=bootstrap, **options)
+        return AIOKafkaAdminClient(bootstrap_servers=bootstrap, **secured, **options)
 
-    return KafkaClients(consumer=consumer, producer=producer, admin=admin, bootstrap=bootstrap)
+    return KafkaClients(
+        consumer=consumer, producer=producer, admin=admin, bootstrap=bootstrap, protocol=access.protocol
+    )

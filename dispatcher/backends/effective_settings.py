@@ -8,11 +8,9 @@ from typing import Any
 from pydantic_settings import BaseSettings
 
 from dispatcher.backends.addresses import masked
-from dispatcher.backends.environment import DEFAULT, Effective, expected_of, table_of
+from dispatcher.backends.environment import DEFAULT, SECRETS, Effective, expected_of, table_of
 
 FORMS = ("text", "verbose", "json")
-SECRETS = ("password", "secret", "token", "api_key")
-"""A setting whose name ends like this is never shown; that of a file which holds one is."""
 
 
 def rows_of(effective: Effective[Any]) -> list[dict[str, object]]:

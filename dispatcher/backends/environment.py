@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
+from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import masked
 from dispatcher.backends.legacy_environment import read_legacy
 from dispatcher.errors import SettingsError
@@ -46,6 +47,7 @@ SHARED = frozenset(
         "claim_lease_s",
         "default_deadline_s",
         "log_level",
+        *AccessSettings.model_fields,
     }
 )
 """Settings that several processes have: the file may hold them above its tables, for all that do."""
@@ -54,6 +56,8 @@ ALIKE = frozenset({"max_record_bytes", "max_body_bytes", "max_held_bytes"})
 NEAR = 0.8
 """How like a setting an unknown variable must be to be taken for a slip."""
 DEFAULT = "default"
+SECRETS = ("password", "secret", "token", "api_key")
+"""A setting whose name ends like this is never shown and no flag; that of a file which holds one is both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def add_flags(
 ) -> None:
     """Give `parser` a flag per setting (all, or those named) and `--config`; none is set by default."""
     for name, field in kind.model_fields.items():
-        if only is not None and name not in only:
+        if (only is not None and name not in only) or name.endswith(SECRETS):
             continue
         default = f", default {field.default}" if field.default not in ("", None, PydanticUndefined) else ""
         parser.add_argument(
@@ -267,4 +271,5 @@ def _problem(kind: type[BaseSettings], problem: Any, given: Mapping[str, tuple[o
     field = kind.model_fields.get(name)
     where = given[name][1] if name in given else PREFIX + name.upper()
     expected = f"{expected_of(field)} ({field.description})" if field is not None else problem["msg"]
-    return f"{where}: expected {expected}, seen {masked(problem['input'])[:80]!r}"
+    seen = "***" if name.endswith(SECRETS) else masked(problem["input"])[:80]
+    return f"{where}: expected {expected}, seen {seen!r}"

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from redis.exceptions import (
+    AuthenticationError,
     ConnectionError,
     NoScriptError,
     OutOfMemoryError,
@@ -48,6 +49,20 @@ def translate(error: RedisError, doing: str) -> Exception:
         return Fenced(text)
     if isinstance(error, OutOfMemoryError) or text.startswith("OOM"):
         return StoreFull(f"{doing}: Redis is at maxmemory: {text}; raise maxmemory or wait for work to end")
+    if isinstance(error, AuthenticationError) or text.startswith("NOAUTH"):
+        return StoreUnavailable(
+            f"{doing}: Redis refused the login: {text}; set redis_user and "
+            "redis_password, or name them in the address"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return StoreUnavailable(
+            f"{doing}: the certificate of Redis is not trusted: {text}; set redis_ca_file to who signed it"
+        )
+    if "[SSL" in text:
+        return StoreUnavailable(
+            f"{doing}: no TLS with Redis: {text}; use redis:// for a port without, and redis_cert_file for "
+            "one that wants a certificate"
+        )
     if isinstance(error, ConnectionError | TimeoutError | ReadOnlyError) or text.startswith(
         ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
     ):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 
+from dispatcher.backends.access import KAFKA_ACCESS, REDIS_ACCESS
 from dispatcher.backends.addresses import masked
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import add_flags, read_settings
@@ -33,6 +34,8 @@ FLAGS = {
     "max_record_bytes",
     "topic_partitions",
     "topic_replication",
+    *REDIS_ACCESS,
+    *KAFKA_ACCESS,
 }
 CANCEL_BYTES = 4096
 UNREACHABLE = 2
@@ -89,7 +92,7 @@ async def examine(settings: DispatcherSettings, *, probe: bool = True) -> tuple[
     findings: list[Finding] = []
     is_reached = True
     try:
-        kafka = connect_kafka(settings.kafka)
+        kafka = connect_kafka(settings.kafka, settings.kafka_access)
         findings += kafka_findings(
             await ask_kafka(kafka, names, bootstrap=settings.kafka, probe=probe), needs
         )
@@ -100,10 +103,11 @@ async def examine(settings: DispatcherSettings, *, probe: bool = True) -> tuple[
                 check="kafka",
                 status=Status.FAIL,
                 found=str(error),
-                fix="start it, or set kafka (--kafka, FLEXLB_KAFKA) to its bootstrap servers",
+                fix="start it, or set kafka (--kafka, FLEXLB_KAFKA) to its bootstrap servers, and "
+                "kafka_protocol, kafka_user and kafka_ca_file to what its listener wants",
             )
         )
-    client = connect_redis(settings.redis)
+    client = connect_redis(settings.redis, access=settings.redis_access)
     try:
         findings += redis_findings(await ask_redis(client, names))
         findings += pool_findings(await ask_pool(client, names), needs)

@@ -35,8 +35,8 @@ async def run_frontend(options: argparse.Namespace) -> int:
         loop.add_signal_handler(number, stopped.set)
     frontend = Frontend(
         settings,
-        kafka=connect_kafka(settings.kafka),
-        redis=connect_redis(settings.redis) if settings.redis else None,
+        kafka=connect_kafka(settings.kafka, settings.kafka_access),
+        redis=connect_redis(settings.redis, access=settings.redis_access) if settings.redis else None,
         keys=read_api_keys(settings.api_keys_file) if settings.api_keys_file else None,
         registry=CollectorRegistry(),
         log=log,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import KafkaServers, MaybeRedisUrl
 from dispatcher.backends.topics import MAX_RECORD_BYTES
 from dispatcher.protocol.names import POOL_PATTERN
@@ -15,7 +16,7 @@ MAX_BODY_BYTES = MAX_RECORD_BYTES - (64 << 10)
 """A body is one Kafka record; the margin is for its key, headers and framing."""
 
 
-class FrontendSettings(BaseSettings):
+class FrontendSettings(AccessSettings):
     """Everything a frontend can be told."""
 
     model_config = SettingsConfigDict(env_prefix="FLEXLB_", extra="ignore", frozen=True)

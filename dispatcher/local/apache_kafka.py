@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -97,15 +97,27 @@ def provision() -> Path:
 class ApacheKafka:
     """One Apache Kafka on one folder. End every use with `stop()`, also after `kill()`."""
 
-    def __init__(self, folder: Path, *, port: int | None = 0, jvm_flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int | None = 0,
+        jvm_flags: Sequence[str] = (),
+        protocol: str = "PLAINTEXT",
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         """Describe the broker; nothing starts yet.
 
         Args:
             folder: where its data lives; one broker at a time.
             port: its port on 127.0.0.1; 0 or None for one that the system gives at the first start.
             jvm_flags: flags of the JVM after our own, e.g. `-Xmx1g`.
+            protocol: what its listener speaks; others than PLAINTEXT need `options`.
+            options: further lines of server.properties.
         """
         self._jvm_flags = tuple(jvm_flags)
+        self._protocol = protocol
+        self._options = dict(options or {})
         self._process = ServerProcess("kafka", folder)
         self._ports = [port or 0, 0]
         self._reserved: list[ReservedPort] = []
@@ -221,18 +233,33 @@ class ApacheKafka:
 
     def _write_settings(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = _settings(self.folder / "data", broker_port=self._ports[0], controller_port=self._ports[1])
+        text = _settings(
+            self.folder / "data",
+            broker_port=self._ports[0],
+            controller_port=self._ports[1],
+            protocol=self._protocol,
+            options=self._options,
+        )
         (self.folder / "server.properties").write_text(text)
 
 
-def _settings(data: Path, *, broker_port: int, controller_port: int) -> str:
+def _settings(
+    data: Path,
+    *,
+    broker_port: int,
+    controller_port: int,
+    protocol: str = "PLAINTEXT",
+    options: Mapping[str, str] | None = None,
+) -> str:
     settings = {
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.quorum.voters": f"1@{HOST}:{controller_port}",
-        "listeners": f"PLAINTEXT://{HOST}:{broker_port},CONTROLLER://{HOST}:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{HOST}:{broker_port}",
+        "listeners": f"{protocol}://{HOST}:{broker_port},CONTROLLER://{HOST}:{controller_port}",
+        "advertised.listeners": f"{protocol}://{HOST}:{broker_port}",
         "controller.listener.names": "CONTROLLER",
+        "listener.security.protocol.map": f"CONTROLLER:PLAINTEXT,{protocol}:{protocol}",
+        "security.inter.broker.protocol": protocol,
         "log.dirs": str(data),
         # After a kill the same broker may register again only when its last session has expired.
         "broker.session.timeout.ms": "1500",
@@ -250,6 +277,7 @@ def _settings(data: Path, *, broker_port: int, controller_port: int) -> str:
         "replica.fetch.max.bytes": str(MAX_MESSAGE_BYTES),
         "replica.fetch.response.max.bytes": str(MAX_MESSAGE_BYTES),
         "log.cleaner.dedupe.buffer.size": str(16 << 20),
+        **(options or {}),
     }
     return "".join(f"{name}={value}\n" for name, value in settings.items())
 

@@ -10,6 +10,8 @@ from random import Random
 
 import msgspec
 
+from dispatcher.backends.access import KAFKA_ACCESS
+from dispatcher.backends.connect import connect_kafka
 from dispatcher.backends.environment import add_flags, read_settings
 from dispatcher.client.client import Client
 from dispatcher.protocol.names import Lane
@@ -20,7 +22,7 @@ from dispatcher.replay.report import is_clean, summarise, table
 from dispatcher.replay.traces import EXCERPT, read_excerpt, read_trace
 from dispatcher.settings import DispatcherSettings
 
-CONNECTION = {"kafka", "pool"}
+CONNECTION = {"kafka", "pool", *KAFKA_ACCESS}
 PROGRESS_EVERY_S = 1.0
 
 
@@ -85,7 +87,10 @@ async def run_replay(options: argparse.Namespace) -> int:
         timeout_s=options.timeout,
     )
     async with Client(
-        connection.kafka, connection.pool, options.tenant, most_finished=len(requests)
+        connect_kafka(connection.kafka, connection.kafka_access),
+        connection.pool,
+        options.tenant,
+        most_finished=len(requests),
     ) as client:
         result = await replay(client, requests, settings, progress_line(sys.stderr.write))
     report = summarise(result)
