@@ -21,6 +21,7 @@ from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
+from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
 from dispatcher.services.cancels import Cancels
@@ -40,6 +41,9 @@ from dispatcher.settings import DispatcherSettings
 from dispatcher.tasks import run_together
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
+
+MOST_NAMED = 100
+"""Nodes that `/health` names of a kind."""
 
 
 class Dispatcher:
@@ -126,6 +130,11 @@ class Dispatcher:
             "pool": self._names.pool,
             "leading": self.election.leading,
             "nodes": sum(node.available for node in self.mirror.fleet.nodes.values()),
+            "on_probation": sorted(
+                node.name
+                for node in self.mirror.fleet.nodes.values()
+                if node.breaker.state is not BreakerState.CLOSED
+            )[:MOST_NAMED],
             "waiting": len(state.window) if state is not None else 0,
             "bound": len(state.bound) if state is not None else 0,
         }

@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.scheduling.breaker import Breaker
 from dispatcher.scheduling.predictor import Predictor
 
 LOOKAHEAD_SHARE = 0.125
@@ -51,6 +52,7 @@ class NodeState:
     unseen: dict[str, _Unseen] = field(default_factory=dict)
     unseen_tokens: int = 0
     predictor: Predictor = field(default_factory=Predictor)
+    breaker: Breaker = field(default_factory=Breaker)
     feedback_s: float = 0.02
     service_s: float = FIRST_SERVICE_S
     chosen: int = 0
@@ -70,7 +72,7 @@ class NodeState:
     @property
     def is_eligible(self) -> bool:
         """Whether new work may go there at all."""
-        if not self.available or not self.admitted:
+        if not self.available or not self.admitted or not self.breaker.admits:
             return False
         return self.report is None or (self.report.engine_ok and not self.report.draining)
 
@@ -131,12 +133,15 @@ class NodeState:
         """Forget what an earlier leader's session counted."""
         self.held, self.held_tokens, self.admitted = {}, 0, False
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
+        self.breaker.probe = ""
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
         self.held, self.held_tokens, self._since = known.held, known.held_tokens, known._since
         self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
         self.predictor, self.service_s = known.predictor, known.service_s
+        self.breaker = known.breaker
+        self.breaker.renewed()
 
     def reserve(self, ref: str, cost_tokens: int, uncached_tokens: int, number: int, now_s: float) -> None:
         """Count a request here."""
@@ -145,6 +150,7 @@ class NodeState:
         self.held[ref] = cost_tokens
         self.held_tokens += cost_tokens
         self._since[ref] = now_s
+        self.breaker.bound(ref)
         if uncached_tokens:
             self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
             self.unseen_tokens += uncached_tokens
@@ -155,6 +161,7 @@ class NodeState:
             return
         self.held_tokens -= self.held.pop(ref)
         self.service_s += 0.1 * (max(0.0, now_s - self._since.pop(ref)) - self.service_s)
+        self.breaker.released(ref)
         self._see(ref)
 
     def note_number(self, ref: str, number: int) -> None:

@@ -29,6 +29,7 @@ from dispatcher.protocol.outcome import (
     Timing,
     Usage,
 )
+from dispatcher.scheduling.breaker import ENGINE_FAILURES
 from dispatcher.scheduling.retry import GiveUp, decide
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
@@ -167,6 +168,7 @@ class Publish:
         bound = state.unbind(str(ref)) or await self._stored(job)
         if bound is None:
             raise codec.MalformedRecord(f"closing: job {job} has no record")
+        self._judge(failed)
         verdict = decide(failed.cause, bound.failures, state.rng)
         state.log.info(
             "attempt failed",
@@ -207,6 +209,22 @@ class Publish:
                 # Of another release, perhaps: what the others tell is worth more than none.
                 self._state.log.warning("failed attempt can't be read", job=str(job), error=str(error))
         return attempts
+
+    def _judge(self, failed: FailedAttempt) -> None:
+        """Hold a failure against the node whose engine it was."""
+        state = self._state
+        node = state.fleet.nodes.get(failed.node)
+        if node is None or failed.cause not in ENGINE_FAILURES:
+            return
+        if node.breaker.failed(state.clock.monotonic(), state.rng):
+            state.metrics.probations.inc()
+            state.log.warning(
+                "node on probation",
+                node=node.name,
+                failures=node.breaker.failures,
+                cause=failed.cause.value,
+                for_s=round(node.breaker.probation_s, 1),
+            )
 
     async def _stored(self, job: JobId) -> Bound | None:
         stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
@@ -336,6 +354,8 @@ class Publish:
         state.metrics.hit_tokens.labels("reported").inc(usage.cached_tokens)
         state.metrics.hit_tokens.labels("predicted").inc(line.predicted_cached_tokens)
         node = state.fleet.nodes.get(line.node)
+        if node is not None and node.breaker.succeeded():
+            state.log.info("node trusted again", node=node.name)
         if node is not None and line.timing.prefill_us:
             uncached = usage.prompt_tokens - usage.cached_tokens
             node.predictor.observe(uncached, usage.cached_tokens, line.timing.prefill_us / 1e6)

@@ -16,6 +16,7 @@ from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import FailureCause
+from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.silence import HealthyClock, silent_nodes
 from dispatcher.scheduling.window import Waiting
@@ -187,6 +188,7 @@ class Guard:
             state.log.warning("node silent", node=name, silent_s=round(now_s - heard[name], 2))
             state.metrics.fenced.inc()
             await self.fence(name, FailureCause.NODE_LOST)
+        self._end_probations()
         await self._reap()
         await self._check_generation()
         await self._reconcile()
@@ -194,6 +196,16 @@ class Guard:
         state.metrics.nodes.labels("available").set(len(heard))
         state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
         state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
+
+    def _end_probations(self) -> None:
+        state = self._state
+        now_s = state.clock.monotonic()
+        on_probation = 0
+        for node in self._mirror.fleet.nodes.values():
+            if node.breaker.tick(now_s):
+                state.log.info("node is tried again with one request at a time", node=node.name)
+            on_probation += node.available and node.breaker.state is not BreakerState.CLOSED
+        state.metrics.nodes.labels("on_probation").set(on_probation)
 
     async def _welcome(self, name: str) -> None:
         node = self._mirror.fleet.nodes[name]

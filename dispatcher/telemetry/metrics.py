@@ -44,6 +44,9 @@ class DispatcherMetrics:
         self.requeued = Counter("flexlb_requeued", "Requests moved off a node", ["cause"], registry=registry)
         self.fenced = Counter("flexlb_nodes_fenced", "Incarnations fenced", registry=registry)
         self.nodes = Gauge("flexlb_nodes", "Nodes by state", ["state"], registry=registry)
+        self.probations = Counter(
+            "flexlb_node_probations", "Times a node got no work after engine failures", registry=registry
+        )
         self.stale_load_s = Gauge(
             "flexlb_oldest_report_seconds", "Age of the oldest load report", registry=registry
         )

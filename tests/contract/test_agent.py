@@ -168,6 +168,9 @@ BAD: list[tuple[Behaviour, OutcomeKind, Reason]] = [
 ]
 
 
+STALLING = {Behaviour.SILENT, Behaviour.STALLS}
+
+
 @pytest.mark.parametrize(("behaviour", "kind", "reason"), BAD, ids=[case[0].name for case in BAD])
 async def test_bad_engine_comes_to_a_typed_outcome(
     led: Pool, behaviour: Behaviour, kind: OutcomeKind, reason: Reason
@@ -177,7 +180,11 @@ async def test_bad_engine_comes_to_a_typed_outcome(
         async with running_agent(led, engine):
             await led.append(request("r1", deadline_ms=6000))
             outcome = await led.outcome("r1")
-            assert (outcome.kind, outcome.reason) == (kind, reason)
+            ended = (outcome.kind, outcome.reason)
+            # A stalled engine gets nothing more until a probe has come through, here never: whether the last
+            # attempt comes before the first probe is a matter of milliseconds.
+            in_time = behaviour in STALLING and ended == (OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED)
+            assert in_time or ended == (kind, reason)
             assert outcome.message
             assert len(led.of("r1")) == 1
 

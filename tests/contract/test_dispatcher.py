@@ -17,6 +17,7 @@ from dispatcher.backends.topics import create_topics
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Attempt, Lane, Names
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
+from dispatcher.scheduling.breaker import FAILURES
 from dispatcher.services import close, watch
 from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.wait import wait_until
@@ -312,6 +313,33 @@ async def test_a_backlog_of_one_lane_keeps_nobody_from_the_other(
                 lambda: dispatcher.state is not None and ("", "late") in dispatcher.state.identities,
                 "the late request to be read",
             )
+
+
+async def test_a_node_whose_engine_keeps_failing_is_on_probation_until_it_answers(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(one.dispatcher()) as dispatcher:
+        node = ScriptedNode(one, "n1")
+        node.holds = True
+        async with one.running(node):
+            await wait_until(lambda: "n1" in dispatcher.mirror.fleet.nodes, "the node")
+            await one.append(request("r"))
+            for _ in range(FAILURES):
+                await wait_until(lambda: bool(node.claimed), "an attempt")
+                ending = node.failed(node.claimed.pop(), FailureCause.ENGINE_ERROR)
+                assert await node.store.complete(node.incarnation, [ending]) == ["ok"]
+            await wait_until(lambda: dispatcher.health()["on_probation"] == ["n1"], "the probation")
+            for n in range(3):
+                await one.append(request(f"w{n}"))
+            # One at a time is tried; its answer brings the others.
+            await wait_until(lambda: bool(node.claimed), "the try")
+            assert len(node.claimed) == 1
+            assert await node.finish() == ["ok"]
+            await wait_until(lambda: len(node.claimed) == 3, "the others")
+            assert dispatcher.health()["on_probation"] == []
+            await node.finish()
+            for id in ("r", "w0", "w1", "w2"):
+                assert (await one.outcome(id)).kind is OutcomeKind.COMPLETED
 
 
 async def test_failing_attempts_go_elsewhere_then_to_the_dead_letters(

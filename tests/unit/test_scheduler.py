@@ -10,6 +10,7 @@ import pytest
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
+from dispatcher.scheduling.breaker import FAILURES, LONGEST_PROBATION_S
 from dispatcher.scheduling.fleet import Fleet, NodeState
 from dispatcher.scheduling.predictor import Predictor, PrefillCost
 from dispatcher.scheduling.prefix_index import PrefixIndex
@@ -138,6 +139,23 @@ def test_what_others_wait_for_counts_before_it() -> None:
     assert scene.choose(request(1, 2, 3, 4), planned={"n1": 0.09}).node.name == "n1"
     assert not scene.choose(request(1, 2, 3, 4), planned={"n1": 0.09}).has_room
     assert scene.choose(request(1, 2, 3, 4), planned={"n1": 0.11}).node.name == "n0"
+
+
+def test_a_node_on_probation_gets_nothing_then_one_request_at_a_time() -> None:
+    scene = Scene(2)
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
+    prompt, rng = request(1, 2, 3, 4), random.Random(0)
+    breaker = scene.fleet.nodes["n1"].breaker
+    for _ in range(FAILURES):
+        assert scene.choose(prompt).node.name == "n1"
+        breaker.failed(0.0, rng)
+    assert scene.choose(prompt).node.name == "n0"
+    breaker.tick(LONGEST_PROBATION_S)
+    assert scene.choose(prompt).node.name == "n1"
+    scene.fleet.reserve("n1", "i0_1", 600)
+    assert scene.choose(prompt).node.name == "n0"
+    scene.fleet.release("n1", "i0_1")
+    assert scene.choose(prompt).node.name == "n1"
 
 
 def test_an_assignment_counts_until_a_report_covers_its_number() -> None:
