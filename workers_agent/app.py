@@ -16,6 +16,7 @@ from dispatcher.backends.body_log import BodyLog
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.node_store import NodeStore
+from dispatcher.backends.reply_history import ReplyHistory
 from dispatcher.backends.reply_log import ReplyLog
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.errors import Fenced, LogUnavailable
@@ -81,6 +82,7 @@ class Agent:
         self._bell_store = self._node_store(blocking)
         self._replies = ReplyLog(kafka, self._names)
         self._bodies = BodyLog(kafka)
+        self._history = ReplyHistory(kafka, self._names)
         self._gpus = GpuWatch(settings.gpus)
         self._view_moved = asyncio.Event()
         self._view: CacheView | None = None
@@ -181,7 +183,13 @@ class Agent:
                 died=self._engine_died,
             )
             executor = Executor(
-                state, self._engine, self._replies, self._bodies, pacer, check_engine=watch.check
+                state,
+                self._engine,
+                self._replies,
+                self._bodies,
+                pacer,
+                history=self._history,
+                check_engine=watch.check,
             )
             running: list[Any] = [
                 heartbeat,
@@ -264,6 +272,7 @@ class Agent:
 
     def _release(self, state: AgentState, job: str) -> None:
         held = state.held[job]
+        checkpoint = held.checkpoint()
         if held.task is not None:
             held.task.cancel()
         failed = FailedAttempt(
@@ -273,7 +282,10 @@ class Agent:
             message="the node is drained",
         )
         envelope = held.envelope
-        state.end(job, failed_ending(job, envelope.ref, envelope.id, failed, kind="released"))
+        state.end(
+            job,
+            failed_ending(job, envelope.ref, envelope.id, failed, kind="released", checkpoint=checkpoint),
+        )
 
 
 def _names(listed: str) -> tuple[str, ...]:

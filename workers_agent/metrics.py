@@ -54,6 +54,17 @@ class AgentMetrics:
             "Cached tokens reported by the engine beyond those predicted",
             registry=registry,
         )
+        self.resumes = Counter(
+            "flexlb_agent_resumes",
+            "Attempts that met a checkpoint, by what they made of it",
+            ["result"],
+            registry=registry,
+        )
+        self.resumed_tokens = Counter(
+            "flexlb_agent_resumed_tokens",
+            "Generated tokens of earlier attempts that were not generated again",
+            registry=registry,
+        )
         self.probes = Counter(
             "flexlb_agent_probes", "Probes of a suspect engine", ["result"], registry=registry
         )

@@ -24,6 +24,7 @@ from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import read_settings
 from dispatcher.backends.node_store import Claimed, NodeStore
+from dispatcher.backends.reply_history import ReplyHistory
 from dispatcher.backends.reply_log import ReplyLog
 from dispatcher.backends.scripts import ScriptRunner
 from dispatcher.errors import Fenced, FlexLBError, SettingsError
@@ -142,7 +143,8 @@ class _Run:
             if claimed is None:
                 return NOT_RUN
             pacer = Pacer(settings.chunk_interval_s)
-            executor = Executor(state, engine, replies, bodies, pacer)
+            history = ReplyHistory(kafka, self._names)
+            executor = Executor(state, engine, replies, bodies, pacer, history=history)
             return await self._execute(state, store, registration, executor, pacer, claimed)
         finally:
             await replies.stop()

@@ -7,6 +7,7 @@ as long, so that what piles up while Redis is away is bounded by what may run.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dispatcher.backends.clock import Clock
@@ -21,13 +22,17 @@ from workers_agent.metrics import AgentMetrics
 
 @dataclass(kw_only=True)
 class Held:
-    """One attempt in our hands. `ending` once it has one; `task` while it runs."""
+    """One attempt in our hands. `ending` once it has one; `task` while it runs.
+
+    `checkpoint` tells what the next attempt would go on from.
+    """
 
     claimed: Claimed
     envelope: Envelope
     has_token: bool = False
     task: asyncio.Task[None] | None = None
     ending: Ending | None = None
+    checkpoint: Callable[[], bytes] = bytes
 
     @property
     def tokens(self) -> int:
@@ -121,6 +126,11 @@ class AgentState:
     def _note(self) -> None:
         self.metrics.running.set(len(self.held))
         self.changed.set()
+
+    def checkpoints(self) -> dict[str, bytes]:
+        """What the next attempts of all that runs would go on from, where there is something."""
+        found = ((job, held.checkpoint()) for job, held in self.held.items() if held.ending is None)
+        return {job: checkpoint for job, checkpoint in found if checkpoint}
 
     def inventory(self) -> dict[str, tuple[bytes, bytes]]:
         """Everything held, for a Redis that has lost it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from redis.exceptions import RedisError
 
@@ -20,6 +21,7 @@ from dispatcher.protocol.node import BlockEvent, Medium, NodeIdentity, NodeRepor
 
 NODE_TTL_MS = 3_600_000
 WORKER_TTL_S = 120
+NO_CHECKPOINTS: Mapping[str, bytes] = MappingProxyType({})
 KEPT_BLOCK_EVENTS = 20_000
 """Events of the whole fleet in the stream; whoever falls behind reads the nodes' sets instead."""
 
@@ -36,7 +38,8 @@ class Busy:
 class Claimed:
     """A job in the agent's hands: what it must run, not yet decoded.
 
-    `hit_tokens` is what the leader expected of this node's cache.
+    `hit_tokens` is what the leader expected of this node's cache; `checkpoint` is what the attempt before
+    left, empty when it left none.
     """
 
     job: str
@@ -45,6 +48,7 @@ class Claimed:
     data: bytes
     failures: int
     hit_tokens: int = 0
+    checkpoint: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +61,14 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """One attempt that ended: kind is outcome, failed or released."""
+    """One attempt that ended: kind is outcome, failed or released; `checkpoint` is for the next one."""
 
     job: str
     kind: str
     ref: str
     id: str
     payload: bytes
+    checkpoint: bytes = b""
 
 
 class NodeStore:
@@ -148,8 +153,15 @@ class NodeStore:
             )
         return int(await self._runner.run("blocks", keys, arguments))
 
-    async def extend(self, incarnation: str, jobs: Sequence[str], *, now_iso: str) -> tuple[int, list[str]]:
-        """Prolong leases: (jobs waiting in the queue, jobs of ours that were taken away)."""
+    async def extend(
+        self,
+        incarnation: str,
+        jobs: Sequence[str],
+        *,
+        now_iso: str,
+        checkpoints: Mapping[str, bytes] = NO_CHECKPOINTS,
+    ) -> tuple[int, list[str]]:
+        """Prolong leases and keep checkpoints: (jobs waiting in the queue, jobs that were taken away)."""
         names, node = self.names, self.node
         keys = (
             names.node(node),
@@ -158,7 +170,9 @@ class NodeStore:
             names.intermediate(node),
             names.worker(node),
         )
-        arguments: list[Argument] = [incarnation, self._lease_ms, NODE_TTL_MS, now_iso, WORKER_TTL_S, *jobs]
+        arguments: list[Argument] = [incarnation, self._lease_ms, NODE_TTL_MS, now_iso, WORKER_TTL_S]
+        for job in jobs:
+            arguments += (job, checkpoints.get(job, b""))
         backlog, *lost = await self._runner.run("extend", keys, arguments)
         return int(backlog), [job.decode() for job in lost]
 
@@ -197,6 +211,7 @@ class NodeStore:
                 data=row[3] or b"",
                 failures=int(row[4] or 0),
                 hit_tokens=int(row[5] or 0),
+                checkpoint=row[6] or b"",
             )
             for row in rows
             if len(row) > 1
@@ -211,7 +226,7 @@ class NodeStore:
         keys = (names.node(node), names.claimed(node), names.wip(node))
         arguments: list[Argument] = [incarnation, names.closing, len(endings)]
         for ending in endings:
-            arguments += (ending.job, ending.kind, ending.ref, ending.id, ending.payload)
+            arguments += (ending.job, ending.kind, ending.ref, ending.id, ending.payload, ending.checkpoint)
         return [answer.decode() for answer in await self._runner.run("complete", keys, arguments)]
 
     async def wait_for_work(self, timeout_s: float) -> bool:

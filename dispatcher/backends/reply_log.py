@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from aiokafka.errors import (
@@ -33,6 +34,14 @@ def _translated(error: BaseException, doing: str) -> Exception:
     if isinstance(error, _REFUSALS):
         return LogRefused(f"{doing}: Kafka refused: {error!r}")
     return LogUnavailable(f"{doing}: {error!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a chunk lies in its topic."""
+
+    partition: int
+    offset: int
 
 
 class ReplyLog:
@@ -76,9 +85,10 @@ class ReplyLog:
         return future
 
 
-async def acknowledged(future: asyncio.Future[Any]) -> None:
-    """Wait for one chunk's acknowledgement; raises as `send` does."""
+async def acknowledged(future: asyncio.Future[Any]) -> Place:
+    """Wait for one chunk's acknowledgement: where it lies. Raises as `send` does."""
     try:
-        await asyncio.shield(future)
+        written = await asyncio.shield(future)
+        return Place(partition=written.partition, offset=written.offset)
     except (KafkaError, OSError) as error:
         raise _translated(error, "reply") from error

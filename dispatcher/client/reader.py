@@ -160,11 +160,12 @@ class ReplyReader:
         return [*events, Ended(outcome=outcome)]
 
     def _begin(self, chunk: Chunk) -> list[ReplyEvent]:
-        if self._has_begun:
-            return []
-        self._has_begun = True
-        self.attempts += 1
-        return self._void() if chunk.restarted else []
+        is_first = not self._has_begun
+        if is_first:
+            self._has_begun = True
+            self.attempts += 1
+        # An attempt that meant to go on and found that it can't says so by a second begin, before any tokens.
+        return self._void() if chunk.restarted and (is_first or self._cursor is None) else []
 
     def _void(self) -> list[ReplyEvent]:
         had_text = any(shown.length != NOTHING for shown in self.choices.values())

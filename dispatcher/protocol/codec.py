@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.checkpoint import Checkpoint
 from dispatcher.protocol.chunk import Chunk
 from dispatcher.protocol.node import BlockEvent, NodeIdentity, NodeReport
 from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeHead
@@ -91,6 +92,7 @@ reports = Codec(NodeReport)
 block_events = Codec(BlockEvent)
 dead_letters = Codec(DeadLetter)
 failed_attempts = Codec(FailedAttempt)
+checkpoints = Codec(Checkpoint)
 
 
 class _Named(msgspec.Struct):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -55,6 +55,14 @@ class HeldEngine:
         finally:
             if not finished:
                 self.aborted.append(work.id)
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """It tells no tokens."""
+        return None
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """It tells no tokens."""
+        return None
 
     async def load(self) -> EngineLoad | None:
         """It tells nothing of itself."""

@@ -13,8 +13,11 @@ import pytest
 from dispatcher.audit import AuditResult, audit
 from dispatcher.backends.connect import connect_redis
 from dispatcher.client.client import Client
+from dispatcher.client.reader import Ended, Restarted, TextAdded
 from dispatcher.local.stack import LocalStack, Member
 from dispatcher.protocol.outcome import OutcomeKind
+from dispatcher.simulation.tokens import Answer, tokenise
+from tests.e2e.test_cli import flexlb
 from tests.support.wait import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
@@ -148,6 +151,46 @@ async def test_drained_agent_finishes_and_loses_nothing(make_stack: MakeStack) -
         assert found.reexecuted == []
 
 
+async def test_drained_node_gives_back_its_queue_and_loses_nothing(make_stack: MakeStack) -> None:
+    async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
+        async with Client(stack.kafka, stack.settings.pool) as client:
+            sent: list[str] = []
+            enough = asyncio.Event()
+
+            async def submit_on() -> None:
+                while not enough.is_set():
+                    await submit_for(client, 0.5, per_s=20, ids=sent)
+
+            load = asyncio.create_task(submit_on())
+            await wait_until(lambda: len(sent) > 30, "some load")
+            where = ("--redis", stack.redis, "--pool", stack.settings.pool)
+            code, out, err = await flexlb("nodes", *where, "--json")
+            assert code == 0, err
+            node = json.loads(out)[0]["node"]
+            assert (await flexlb("drain", node, *where))[0] == 0
+            observer = connect_redis(stack.redis)
+            names = stack.names
+            keys = (names.queue_key(node), names.intermediate(node), names.claimed(node))
+
+            async def is_empty() -> bool:
+                return not await observer.exists(*keys)
+
+            await wait_until(is_empty, "the drained node to be empty")
+            seq = await observer.hget(names.node(node), "seq")
+            ran_empty_at = len(sent)
+            await wait_until(lambda: len(sent) > ran_empty_at + 20, "some load on the other node")
+            enough.set()
+            await load
+            await all_completed(client, sent)
+            assert await observer.hget(names.node(node), "seq") == seq, "nothing was bound to it"
+            assert (await flexlb("uncordon", node, *where))[0] == 0
+            await all_completed(client, await submit_for(client, 1.0, per_s=40))
+            assert await observer.hget(names.node(node), "seq") != seq
+            await observer.aclose()
+        found = await clean_audit(stack)
+        assert found.reexecuted == []
+
+
 @pytest.mark.parametrize("loses_data", [False, True], ids=["restart", "all data lost"])
 async def test_killed_redis_loses_nothing(make_stack: MakeStack, loses_data: bool) -> None:
     async with make_stack(nodes=2) as stack, Client(stack.kafka, stack.settings.pool) as client:
@@ -192,3 +235,45 @@ async def test_agents_and_dispatchers_may_start_before_their_servers(make_stack:
         )
         await stack.valkey.start()
         await all_completed(client, [id])
+
+
+async def number_of_the_busy_node(stack: LocalStack) -> int:
+    """Which node has claimed the only request."""
+    redis = connect_redis(stack.redis)
+    try:
+        claimed = [await redis.zcard(stack.names.claimed(f"node-{number}")) for number in (1, 2)]
+    finally:
+        await redis.aclose()
+    assert sorted(claimed) == [0, 1]
+    return claimed.index(1) + 1
+
+
+@pytest.mark.parametrize("dies", ["engine", "agent"])
+async def test_a_stream_goes_on_where_it_was_when_its_node_dies(make_stack: MakeStack, dies: str) -> None:
+    body = {"prompt": "a stream that is cut in its middle", "max_tokens": 120}
+    async with (
+        make_stack(nodes=2, engine_flags=("--decode-step-ms", "60")) as stack,
+        Client(stack.kafka, stack.settings.pool) as client,
+    ):
+        id = await client.submit("sim", "/v1/completions", body)
+        text, killed = "", 0
+        async for event in client.stream(id):
+            match event:
+                case TextAdded():
+                    text += event.text
+                case Restarted():
+                    pytest.fail(f"the stream started over after {text!r}")
+                case Ended():
+                    break
+            if not killed and text.count(" ") > 60:
+                killed = await number_of_the_busy_node(stack)
+                await (stack.engines if dies == "engine" else stack.agents)[killed - 1].kill()
+        outcome = await client.outcome(id)
+        assert (outcome.kind, outcome.usage.completion_tokens) == (OutcomeKind.COMPLETED, 120)
+        assert (
+            text
+            == outcome.choices[0].text
+            == Answer(tokenise("a stream that is cut in its middle")).text(120)
+        )
+        assert outcome.node == f"node-{3 - killed}"
+        await clean_audit(stack)

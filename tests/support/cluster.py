@@ -16,10 +16,12 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from dispatcher.app import Dispatcher
+from dispatcher.client.reader import ReplyReader
+from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.names import Lane, Names
-from dispatcher.protocol.outcome import FailureCause, Usage
+from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Usage
 from dispatcher.settings import DispatcherSettings
 from dispatcher.telemetry.logging import Log
 from tests.support.invariants import Expectations, Invariants, ObservedRedis
@@ -49,6 +51,9 @@ DISPATCHER = DispatcherSettings(
     default_deadline_s=300,
 )
 
+PROMPT_IDS = (1_000_001,) * 8
+MOST_TOKENS = 40
+
 _body = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -69,17 +74,34 @@ class ScriptedEngine:
         """Run one request."""
         rng = self._rng
         self.runs.append(work.ref)
-        tokens = int(json.loads(body)["max_tokens"])
-        fails_at = rng.randrange(tokens + 1) if rng.random() < self._failure_share else -1
+        asked = json.loads(body)
+        first, prompt = 0, asked["prompt"]
+        if isinstance(prompt, list):
+            assert prompt == [*PROMPT_IDS, *range(len(prompt) - len(PROMPT_IDS))], (
+                "what was generated, in order"
+            )
+            first = len(prompt) - len(PROMPT_IDS)
+        tokens = first + int(asked["max_tokens"])
+        fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
         await asyncio.sleep(rng.uniform(0.005, 0.2))
         step_s = rng.choice([0.002, 0.01, 0.05])
-        for number in range(tokens):
+        for number in range(first, tokens):
             if number == fails_at:
                 causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]
                 raise EngineFailure(rng.choice(causes), "the simulated engine failed")
             await asyncio.sleep(step_s)
-            yield Piece(choices=(ChoiceDelta(text=f"{work.id}.{number} "),), tokens=1)
-        yield Piece(finish_reasons=((0, "length"),), usage=Usage(prompt_tokens=8, completion_tokens=tokens))
+            delta = ChoiceDelta(text=f"{work.id}.{number} ", token_ids=(number,))
+            yield Piece(choices=(delta,), tokens=1)
+        usage = Usage(prompt_tokens=len(PROMPT_IDS) + first, completion_tokens=tokens - first)
+        yield Piece(finish_reasons=((0, "length"),), usage=usage)
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """The same for every prompt."""
+        return PROMPT_IDS
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """A token's id is its place in the answer."""
+        return "".join(f"{work.id}.{number} " for number in token_ids)
 
     async def is_alive(self) -> bool:
         """Whether it answers."""
@@ -105,6 +127,7 @@ class Outcome:
     violations: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     outcomes: int = 0
+    resumed_tokens: int = 0
     virtual_s: float = 0.0
 
     def explain(self) -> str:
@@ -144,6 +167,7 @@ class Cluster:
         )
         self.redis.observer = self.invariants.after_effect
         self._trace = trace
+        self._agents: list[CollectorRegistry] = []
         self._ids = 0
         self.processes: dict[str, Process] = {}
         self._loop = loop
@@ -177,6 +201,11 @@ class Cluster:
         )
         process.spawn(dispatcher.run(), name=name)
 
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        self._agents.append(registry)
+        return registry
+
     def start_agent(self, node: str) -> None:
         """Start an agent process with its engine."""
         process = self.network.process(f"agent-{node}")
@@ -196,7 +225,7 @@ class Cluster:
             engine=ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1),
             clock=process.clock,
             new_id=self._new_id,
-            registry=CollectorRegistry(),
+            registry=self._registry(),
             log=self._log(node),
             scripts=self._scripts,
         )
@@ -222,7 +251,10 @@ class Cluster:
                 "model": MODEL,
                 "endpoint": "/v1/completions",
                 "priority": rng.randrange(1, 101),
-                "body": {"prompt": "x" * rng.randrange(1, 400), "max_tokens": rng.choice([1, 3, 10, 40])},
+                "body": {
+                    "prompt": "x" * rng.randrange(1, 400),
+                    "max_tokens": rng.choice([1, 3, 10, MOST_TOKENS]),
+                },
             }
             lane = Lane.BATCH if rng.random() < 0.15 else Lane.INTERACTIVE
             kind = rng.random()
@@ -311,6 +343,27 @@ class Cluster:
 
     # The run
 
+    def _check_streams(self) -> None:
+        """What readers of the reply topic show begins the one right answer; the outcome is all of it."""
+        readers: dict[str, ReplyReader] = {}
+        for partition in self.kafka.broker.topics[self.names.replies].partitions:
+            for entry in partition.entries:
+                chunk = codec.chunks.decode(entry.value or b"")
+                reader = readers.setdefault(chunk.ref, ReplyReader())
+                reader.read(chunk)
+                if not answer_of(chunk.id, MOST_TOKENS).startswith(reader.text):
+                    self.result.violations.append(f"{chunk.ref} showed {reader.text!r}")
+        for record in self.kafka.committed(self.names.outcomes):
+            outcome = codec.outcomes.decode(record.value or b"")
+            if outcome.kind is not OutcomeKind.COMPLETED:
+                continue
+            tokens = outcome.usage.completion_tokens
+            if (outcome.choices[0].text, outcome.usage.prompt_tokens) != (
+                answer_of(outcome.id, tokens),
+                len(PROMPT_IDS),
+            ):
+                self.result.violations.append(f"{outcome.ref} came to {outcome}")
+
     async def run(self) -> Outcome:
         """Run the seed to its end."""
         for topic in self.names.topics:
@@ -326,6 +379,11 @@ class Cluster:
         while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.25)
         self.invariants.check_end()
+        self._check_streams()
+        self.result.resumed_tokens = sum(
+            int(registry.get_sample_value("flexlb_agent_resumed_tokens_total") or 0)
+            for registry in self._agents
+        )
         for process in self.processes.values():
             for failure in process.failures:
                 self.result.violations.append(f"{process.name} ended by {failure!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from prometheus_client import CollectorRegistry
 
@@ -39,6 +39,14 @@ class ToldEngine:
         """What its health page says."""
         self.asked.append("health")
         return self.healthy
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """It tells no tokens."""
+        return None
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """It tells no tokens."""
+        return None
 
     async def load(self) -> EngineLoad | None:
         """Its metrics."""

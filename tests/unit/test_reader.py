@@ -103,6 +103,23 @@ def test_a_restart_voids_earlier_text_once() -> None:
     assert (screen.text, screen.restarts) == ("AB", 1)
 
 
+def test_an_attempt_that_can_not_go_on_starts_over_before_its_first_tokens() -> None:
+    begins = [begin(SECOND), begin(SECOND, restarted=True)]
+    screen = shown([begin(FIRST), tokens(FIRST, 0, "ab"), *begins, tokens(FIRST, 2, "Z")])
+    assert (screen.text, screen.restarts) == ("", 1)
+    screen = shown(
+        [
+            begin(FIRST),
+            tokens(FIRST, 0, "ab"),
+            *begins,
+            tokens(SECOND, 0, "AB"),
+            *begins,
+            tokens(SECOND, 2, "C"),
+        ]
+    )
+    assert (screen.text, screen.restarts) == ("ABC", 1)
+
+
 def test_a_restart_of_nothing_is_not_an_event() -> None:
     assert shown([begin(FIRST), begin(SECOND, restarted=True), tokens(SECOND, 0, "x")]).restarts == 0
 

@@ -6,7 +6,7 @@ every choice has given a finish reason.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,22 @@ class Engine(Protocol):
 
         Raises:
             EngineFailure: refused, overloaded, broken off, stalled or unreadable.
+        """
+        ...
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """The token ids of `body`'s prompt, as this engine makes them; None when it does not tell.
+
+        Raises:
+            EngineFailure: it does not answer.
+        """
+        ...
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """The text of tokens; None when the engine does not tell.
+
+        Raises:
+            EngineFailure: it does not answer.
         """
         ...
 

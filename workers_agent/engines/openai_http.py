@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
 from dispatcher.protocol.request import Count, Endpoint
+from workers_agent.engines.continuation import continuable
 from workers_agent.engines.engine import EngineFailure, Piece
 from workers_agent.engines.engine_load import EngineLoad, parse_load
 from workers_agent.engines.sse import EventParser
@@ -107,6 +108,14 @@ class EngineDescription:
     kv_total_tokens: int = 0
 
 
+class _Tokenised(Struct):
+    tokens: tuple[Count, ...]
+
+
+class _Detokenised(Struct):
+    prompt: str
+
+
 class _Models(Struct):
     data: tuple[_Model, ...]
 
@@ -114,6 +123,8 @@ class _Models(Struct):
 _event = msgspec.json.Decoder(_Event | None)
 _models = msgspec.json.Decoder(_Models)
 _version = msgspec.json.Decoder(_Version)
+_tokenised = msgspec.json.Decoder(_Tokenised)
+_detokenised = msgspec.json.Decoder(_Detokenised)
 _body = msgspec.json.Decoder(dict[str, Raw])
 _content = msgspec.json.Decoder(str | None)
 _count = msgspec.json.Decoder(int | None)
@@ -124,7 +135,8 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 def streaming_body(endpoint: Endpoint, body: bytes, model: str) -> tuple[bytes, int]:
     """Make `body` ask for a stream with usage; return it and how many choices will answer it.
 
-    A body that names no model gets the request's. Values are not re-encoded.
+    A body that names no model gets the request's; one that may be answered in two runs asks for token ids.
+    Values are not re-encoded.
 
     Raises:
         EngineFailure: REFUSED, the body can't be an OpenAI body.
@@ -146,6 +158,8 @@ def streaming_body(endpoint: Endpoint, body: bytes, model: str) -> tuple[bytes, 
         fields["model"] = Raw(msgspec.json.encode(model))
     fields["stream"] = Raw(b"true")
     fields["stream_options"] = Raw(b'{"include_usage":true}')
+    if continuable(endpoint, body) is not None:
+        fields["return_token_ids"] = Raw(b"true")
     return msgspec.json.encode(fields), (n or 1) * prompts
 
 
@@ -402,6 +416,47 @@ class OpenAIEngine:
                     f"{response.url}: expected at most {MAX_WHOLE_ANSWER_BYTES} bytes of JSON, seen more",
                 )
         return bytes(body)
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """Ask `/tokenize`; see `Engine.prompt_ids`."""
+        fields = _body.decode(body)
+        asked: dict[str, object] = {
+            name: fields[name] for name in ("model", "prompt", "messages") if name in fields
+        }
+        try:
+            data = await self._ask("/tokenize", {"model": work.model, **asked})
+            return _tokenised.decode(data.decode()).tokens if data is not None else None
+        except _UNREADABLE:
+            return None
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """Ask `/detokenize`; see `Engine.text_of`."""
+        try:
+            data = await self._ask("/detokenize", {"model": work.model, "tokens": token_ids})
+            return _detokenised.decode(data.decode()).prompt if data is not None else None
+        except _UNREADABLE:
+            return None
+
+    async def _ask(self, path: str, body: dict[str, object]) -> bytes | None:
+        """Post to one of the engine's own pages; None when it has no answer to that."""
+        where = self._base_url + path
+        try:
+            async with self._connections().post(
+                where,
+                data=msgspec.json.encode(body),
+                headers={"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S),
+            ) as response:
+                data = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineFailure(FailureCause.CONNECT, f"{where}: no answer ({error!r})") from None
+        if response.status in _OVERLOADED or response.status >= 500:
+            raise EngineFailure(
+                _cause_of(response.status),
+                f"{where}: expected 200, seen {response.status}: {_shown(data)}",
+                http_status=response.status,
+            )
+        return data if response.status == 200 else None
 
     async def is_alive(self) -> bool:
         """Whether `/health` answers 200, or `/v1/models` where there is no `/health`."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from hashlib import sha256
 
 import msgspec
 
 from dispatcher.backends.body_log import BodyLog
 from dispatcher.backends.node_store import Ending
-from dispatcher.backends.reply_log import ReplyLog
+from dispatcher.backends.reply_history import ReplyHistory
+from dispatcher.backends.reply_log import Place, ReplyLog
 from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Work
@@ -31,9 +33,12 @@ from dispatcher.protocol.outcome import (
     Timing,
     Usage,
 )
+from dispatcher.protocol.request import Endpoint
+from workers_agent.engines.continuation import Continuable, continuable
 from workers_agent.engines.engine import Engine, EngineFailure, Piece
 from workers_agent.services.reply_stream import Pacer, ReplyStream
 from workers_agent.state import AgentState
+from workers_agent.trail import Trail
 
 BODY_PAUSE_S = 0.5
 SAME_STEP_S = 0.001
@@ -44,22 +49,56 @@ async def _no_check() -> None:
     """Where nobody watches the engine."""
 
 
-def failed_ending(job: str, ref: str, id: str, failed: FailedAttempt, kind: str = "failed") -> Ending:
+def failed_ending(
+    job: str, ref: str, id: str, failed: FailedAttempt, kind: str = "failed", *, checkpoint: bytes = b""
+) -> Ending:
     """The ending of an attempt without an outcome."""
-    return Ending(job=job, kind=kind, ref=ref, id=id, payload=codec.encode(failed))
+    return Ending(job=job, kind=kind, ref=ref, id=id, payload=codec.encode(failed), checkpoint=checkpoint)
 
 
 class Answer:
-    """What the engine has generated so far."""
+    """What has been generated so far, by this attempt and by those that it went on from.
+
+    `resumed_tokens` are those of the others.
+    """
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
         self.tokens = 0
+        self.resumed_tokens = 0
+        self._prompt_tokens = 0
         self.first_token_ms = 0
         self.prefill_us = 0
         self._texts: dict[int, list[str]] = {}
         self._deltas: dict[int, list[msgspec.Raw]] = {}
         self._reasons: dict[int, str] = {}
+
+    def resume(self, trail: Trail, prompt_tokens: int) -> None:
+        """Begin with what is published."""
+        self._texts[0] = [trail.text]
+        self.tokens = self.resumed_tokens = len(trail.ids)
+        self.first_token_ms = trail.first_token_ms
+        self._prompt_tokens = prompt_tokens
+
+    def forget(self) -> None:
+        """Begin with nothing after all: another run has not added to it yet."""
+        self._texts.clear()
+        self.tokens = self.resumed_tokens = self.first_token_ms = 0
+
+    def finish(self, reason: str) -> None:
+        """What is published was all."""
+        self._reasons[0] = reason
+
+    def whole_usage(self) -> Usage:
+        """Count the whole answer: a second run counts what was generated before as a part of its prompt."""
+        usage = self.usage or Usage(completion_tokens=self.tokens - self.resumed_tokens)
+        if not self.resumed_tokens:
+            return usage
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=usage.completion_tokens + self.resumed_tokens,
+            cached_tokens=min(usage.cached_tokens, self._prompt_tokens),
+        )
 
     def add(self, piece: Piece, now_ms: int) -> None:
         """Take one piece."""
@@ -97,6 +136,17 @@ class Answer:
         )
 
 
+class Resume(StrEnum):
+    """What an attempt made of a checkpoint; all but the first two start over."""
+
+    CONTINUED = "continued"
+    FINISHED = "finished"
+    UNREADABLE = "unreadable"
+    UNSOUND = "unsound"
+    UNKNOWN_TOKENS = "unknown_tokens"
+    REFUSED = "refused"
+
+
 class Prefills:
     """How long each prefill took, as far as that can be told from when first tokens came.
 
@@ -122,6 +172,7 @@ class Executor:
     """Runs the attempts of one incarnation.
 
     Args:
+        history: reads back what earlier attempts have published; without it each attempt starts over.
         check_engine: called when an attempt failed in a way that may be the engine's end, before that is
             told: who decides about the next attempt should know by then whether the engine lives.
     """
@@ -134,6 +185,7 @@ class Executor:
         bodies: BodyLog,
         pacer: Pacer,
         *,
+        history: ReplyHistory | None = None,
         check_engine: Callable[[], Awaitable[None]] = _no_check,
     ) -> None:
         self._state = state
@@ -141,6 +193,7 @@ class Executor:
         self._replies = replies
         self._bodies = bodies
         self._pacer = pacer
+        self._history = history
         self._check_engine = check_engine
         self._prefills = Prefills()
 
@@ -150,27 +203,31 @@ class Executor:
         began = state.clock.monotonic()
         held = state.held.get(job)
         hit_tokens = held.claimed.hit_tokens if held is not None else 0
-        ending, reason = await self.attempt(job, attempt, work, hit_tokens=hit_tokens)
+        checkpoint = held.claimed.checkpoint if held is not None else b""
+        ending, reason = await self.attempt(job, attempt, work, hit_tokens=hit_tokens, checkpoint=checkpoint)
         state.metrics.endings.labels(ending.kind, reason).inc()
         state.metrics.attempt_s.observe(state.clock.monotonic() - began)
         state.end(job, ending)
 
     async def attempt(
-        self, job: str, attempt: Attempt, work: Work, *, hit_tokens: int = 0
+        self, job: str, attempt: Attempt, work: Work, *, hit_tokens: int = 0, checkpoint: bytes = b""
     ) -> tuple[Ending, str]:
         """Run one attempt; how it ended, and the reason or cause for metrics.
 
         Args:
             hit_tokens: what the leader expected of the engine's cache.
+            checkpoint: what the attempt before left.
         """
         state = self._state
         claimed_ms = state.clock.now_ms()
         answer = Answer()
         stream = ReplyStream(self._replies, work, attempt, state.identity.node, self._pacer, state.metrics)
+        if (held := state.held.get(job)) is not None:
+            held.checkpoint = lambda: stream.checkpoint
         kind, reason, message = OutcomeKind.COMPLETED, Reason.FINISHED, ""
         try:
             async with asyncio.timeout(self._seconds_left(work)):
-                await self._generate(job, work, answer, stream)
+                await self._generate(job, attempt, work, answer, stream, checkpoint)
         except TimeoutError:
             kind, reason = OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED
             message = f"deadline passed after {answer.tokens} tokens"
@@ -179,7 +236,10 @@ class Executor:
                 state.is_suspect = True
             if failure.cause in _MAY_BE_ITS_END:
                 await self._check_engine()
-            return self._failed(job, attempt, work, failure.cause, str(failure), failure.http_status)
+            await stream.publish_rest()
+            return self._failed(
+                job, attempt, work, failure.cause, str(failure), failure.http_status, stream.checkpoint
+            )
         except LogRefused as error:
             return self._failed(job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error))
         except Exception as error:
@@ -199,19 +259,19 @@ class Executor:
             node=state.identity.node,
             model=work.model,
             choices=answer.choices(),
-            usage=answer.usage or Usage(completion_tokens=answer.tokens),
+            usage=answer.whole_usage(),
             timing=Timing(
                 appended=work.appended_ms,
                 claimed=claimed_ms,
                 first_token=answer.first_token_ms,
                 ended=state.clock.now_ms(),
-                prefill_us=answer.prefill_us,
+                prefill_us=answer.prefill_us if not answer.resumed_tokens else 0,
             ),
             predicted_cached_tokens=hit_tokens,
         )
         cached = outcome.usage.cached_tokens
         state.metrics.unexplained_hits.inc(max(0, cached - hit_tokens))
-        if answer.first_token_ms:
+        if answer.first_token_ms and not answer.resumed_tokens:
             state.metrics.first_token_s.observe((answer.first_token_ms - claimed_ms) / 1000)
         payload = codec.encode(outcome)
         return Ending(job=job, kind="outcome", ref=work.ref, id=work.id, payload=payload), reason.value
@@ -221,19 +281,99 @@ class Executor:
             return None
         return (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
 
-    async def _generate(self, job: str, work: Work, answer: Answer, stream: ReplyStream) -> None:
+    async def _generate(
+        self, job: str, attempt: Attempt, work: Work, answer: Answer, stream: ReplyStream, checkpoint: bytes
+    ) -> None:
         body = await self._body(work)
+        plan = continuable(work.endpoint, body)
+        stream.keeps_checkpoint = plan is not None
+        if plan is not None and checkpoint:
+            result = await self._go_on(job, attempt, work, body, plan, answer, stream, checkpoint)
+            self._state.metrics.resumes.labels(result.value).inc()
+            self._state.log.info(
+                "attempt met a checkpoint", job=job, result=result.value, tokens=answer.resumed_tokens
+            )
+            if result in {Resume.CONTINUED, Resume.FINISHED}:
+                self._state.metrics.resumed_tokens.inc(answer.resumed_tokens)
+                return
         await stream.begin()
+        await self._run(job, work, body, answer, stream)
+
+    async def _run(self, job: str, work: Work, body: bytes, answer: Answer, stream: ReplyStream) -> None:
         clock = self._state.clock
         submitted_s = clock.monotonic()
+        is_first = True
         async with contextlib.aclosing(self._engine.stream(work, body)) as pieces:
             async for piece in pieces:
-                if not answer.first_token_ms and piece.choices:
+                if is_first and piece.choices:
+                    is_first = False
                     self._prefills.first_token(answer, submitted_s, clock.monotonic())
                     self._state.note_token(job)
                 answer.add(piece, clock.now_ms())
                 await stream.add(piece)
         await stream.end(answer.finish_reason)
+
+    async def _go_on(
+        self,
+        job: str,
+        attempt: Attempt,
+        work: Work,
+        body: bytes,
+        plan: Continuable,
+        answer: Answer,
+        stream: ReplyStream,
+        checkpoint: bytes,
+    ) -> Resume:
+        """Answer from where earlier attempts ended; unless that can't be, nothing is left to do after it."""
+        own = await stream.take_over(checkpoint)
+        trail = await self._trail(work, attempt, checkpoint, own)
+        if trail is None:
+            return Resume.UNREADABLE
+        if not trail.is_sound or not trail.ids:
+            return Resume.UNSOUND
+        known, prompt = len(trail.ids), plan.prompt_ids
+        if prompt is None:
+            prompt = await self._engine.prompt_ids(work, body)
+        is_ended = bool(trail.finish_reason)
+        if not is_ended and (prompt is None or await self._engine.text_of(work, trail.ids) != trail.text):
+            # The text may end before a character that the last tokens only begin.
+            return Resume.UNKNOWN_TOKENS
+        prompt = prompt or ()
+        answer.resume(trail, len(prompt))
+        stream.go_on_from(known)
+        if is_ended or known >= plan.max_tokens:
+            answer.finish(trail.finish_reason or "length")
+            await stream.end(answer.finish_reason)
+            return Resume.FINISHED
+        again = msgspec.structs.replace(work, endpoint=Endpoint.COMPLETIONS)
+        try:
+            await self._run(job, again, plan.body(prompt, trail.ids), answer, stream)
+        except EngineFailure as failure:
+            if failure.cause is not FailureCause.REFUSED or answer.tokens > known:
+                raise
+            answer.forget()
+            return Resume.REFUSED
+        return Resume.CONTINUED
+
+    async def _trail(self, work: Work, attempt: Attempt, checkpoint: bytes, own: Place) -> Trail | None:
+        """What clients show; None when it can't be read."""
+        try:
+            began = codec.checkpoints.decode(checkpoint)
+            if began.partition != own.partition or self._history is None:
+                return None
+            topic = (work.reply_to and work.reply_to.topic) or self._history.topic
+            published = await self._history.read(
+                topic, own.partition, began.offset, own.offset, work.id.encode()
+            )
+            trail = Trail(attempt)
+            for record in published:
+                chunk = codec.chunks.decode(record.value)
+                if chunk.ref == work.ref:
+                    trail.read(chunk, record.at_ms)
+        except (LogUnavailable, LogRefused, codec.MalformedRecord) as error:
+            self._state.log.warning("published tokens can't be read back", id=work.id, error=str(error))
+            return None
+        return trail
 
     async def _body(self, work: Work) -> bytes:
         ref = work.body_ref
@@ -270,6 +410,7 @@ class Executor:
         cause: FailureCause,
         message: str,
         http_status: int = 0,
+        checkpoint: bytes = b"",
     ) -> tuple[Ending, str]:
         failed = FailedAttempt(
             attempt=str(attempt),
@@ -281,4 +422,4 @@ class Executor:
         self._state.log.info(
             "attempt failed", job=job, cause=cause.value, http_status=http_status, message=message[:500]
         )
-        return failed_ending(job, work.ref, work.id, failed), cause.value
+        return failed_ending(job, work.ref, work.id, failed, checkpoint=checkpoint), cause.value

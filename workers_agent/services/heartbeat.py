@@ -87,9 +87,11 @@ class Heartbeat:
 
     async def _extend(self) -> None:
         state = self._state
-        jobs = list(state.held)
+        jobs, checkpoints = list(state.held), state.checkpoints()
         backlog, lost = await self._registration.say(
-            lambda: self._store.extend(state.identity.incarnation, jobs, now_iso=state.clock.now_iso())
+            lambda: self._store.extend(
+                state.identity.incarnation, jobs, now_iso=state.clock.now_iso(), checkpoints=checkpoints
+            )
         )
         if backlog and state.free:
             state.backlog = True

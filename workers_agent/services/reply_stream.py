@@ -8,13 +8,15 @@ again in order (readers drop what overlaps).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any
 
-from dispatcher.backends.reply_log import ReplyLog, acknowledged
-from dispatcher.errors import LogUnavailable
+from dispatcher.backends.reply_log import Place, ReplyLog, acknowledged
+from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Work
+from dispatcher.protocol.checkpoint import Checkpoint
 from dispatcher.protocol.chunk import ChoiceDelta, Chunk, ChunkKind
 from dispatcher.protocol.names import Attempt
 from workers_agent.engines.engine import Piece
@@ -22,10 +24,15 @@ from workers_agent.metrics import AgentMetrics
 
 MOST_UNACKNOWLEDGED = 32
 PAUSE_S = 0.2
+REST_S = 1.0
 
 
 class ReplyStream:
-    """Writes one attempt's chunks; used by one task, flushed by the pacer too."""
+    """Writes one attempt's chunks; used by one task, flushed by the pacer too.
+
+    Attributes:
+        keeps_checkpoint: whether another attempt could go on from what is published here.
+    """
 
     def __init__(
         self, log: ReplyLog, work: Work, attempt: Attempt, node: str, pacer: Pacer, metrics: AgentMetrics
@@ -42,15 +49,56 @@ class ReplyStream:
         self._first_token = 0
         self._unacknowledged: deque[tuple[bytes, asyncio.Future[Any]]] = deque()
         self._lock = asyncio.Lock()
+        self._has_written = False
+        self._began: Place | None = None
+        self._inherited = b""
+        self.keeps_checkpoint = False
         self.failure: Exception | None = None
 
     async def begin(self) -> None:
         """Say that this attempt answers from now on, and from the first token.
 
-        It always says that it starts over: whether an earlier attempt has streamed, before a change of
-        leader or a loss of Redis data, can't be known here, and a reader that showed nothing voids nothing.
+        Unless it goes on from a checkpoint it always says that it starts over: whether an earlier attempt
+        has streamed, before a change of leader or a loss of Redis data, can't be known here, and a reader
+        that showed nothing voids nothing.
         """
-        await self._write(self._chunk(ChunkKind.BEGIN, restarted=True))
+        async with self._lock:
+            await self._settle(0)
+            self._began, self._inherited, self._first_token = None, b"", 0
+            await self._send(codec.encode(self._chunk(ChunkKind.BEGIN, restarted=True)))
+
+    async def take_over(self, checkpoint: bytes) -> Place:
+        """Say that this attempt answers from now on and may go on from what is shown; where that lies.
+
+        Args:
+            checkpoint: what the next attempt gets, if this one ends before it has decided to start over.
+        """
+        async with self._lock:
+            self._inherited = checkpoint
+            await self._send(codec.encode(self._chunk(ChunkKind.BEGIN)))
+            await self._settle(0)
+        assert self._began is not None
+        return self._began
+
+    def go_on_from(self, token: int) -> None:
+        """Go on at the token with this index."""
+        self._first_token = token
+
+    @property
+    def checkpoint(self) -> bytes:
+        """What the next attempt needs to go on; empty when it could not, or when nothing is published."""
+        began = self._began
+        if self._inherited or not self.keeps_checkpoint or not self._has_written or began is None:
+            return self._inherited
+        return codec.encode(Checkpoint(partition=began.partition, offset=began.offset))
+
+    async def publish_rest(self) -> None:
+        """Have what has gathered acknowledged, if Kafka takes it soon: the next attempt goes on after it."""
+        with contextlib.suppress(TimeoutError, LogRefused):
+            async with asyncio.timeout(REST_S):
+                await self.flush()
+                async with self._lock:
+                    await self._settle(0)
 
     async def add(self, piece: Piece) -> None:
         """Take what the engine gave; the first tokens go out at once."""
@@ -58,7 +106,9 @@ class ReplyStream:
             raise self.failure
         for delta in piece.choices:
             self._texts.setdefault(delta.index, []).append(delta)
-        is_first = not self._first_token and not self._tokens
+            if delta.token_ids is None:
+                self.keeps_checkpoint = False
+        is_first = not self._has_written
         self._tokens += piece.tokens
         if is_first and self._texts:
             await self.flush()
@@ -75,6 +125,7 @@ class ReplyStream:
             self._first_token += self._tokens
             self._tokens = 0
             self._texts = {}
+            self._has_written = True
             await self._send(codec.encode(chunk))
 
     async def end(self, finish_reason: str) -> None:
@@ -128,8 +179,9 @@ class ReplyStream:
         waiting = self._unacknowledged
         while waiting and (len(waiting) > most or waiting[0][1].done()):
             try:
-                await acknowledged(waiting[0][1])
+                place = await acknowledged(waiting[0][1])
                 waiting.popleft()
+                self._began = self._began or place
             except LogUnavailable:
                 self._metrics.log_errors.inc()
                 await asyncio.sleep(PAUSE_S)

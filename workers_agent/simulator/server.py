@@ -35,6 +35,7 @@ from workers_agent.simulator.wire import (
     error_of,
     event_of,
     read_ask,
+    read_detokenise,
     read_tokenise,
 )
 
@@ -101,6 +102,7 @@ class Simulator:
         add.add_get("/version", self._version)
         add.add_get("/metrics", self._show_metrics)
         add.add_post("/tokenize", self._tokenise)
+        add.add_post("/detokenize", self._detokenise)
         add.add_post("/reset_prefix_cache", self._reset)
         add.add_post("/sim/faults", self._set_faults)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
@@ -178,6 +180,12 @@ class Simulator:
         except Refusal as refusal:
             return _refuse(refusal)
         return web.json_response({"count": len(ids), "max_model_len": self._longest, "tokens": ids})
+
+    async def _detokenise(self, request: web.Request) -> web.Response:
+        try:
+            return web.json_response({"prompt": read_detokenise(await request.read())})
+        except Refusal as refusal:
+            return _refuse(refusal)
 
     async def _reset(self, _: web.Request) -> web.Response:
         return web.json_response({"success": self._driver.reset_cache()})

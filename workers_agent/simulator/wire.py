@@ -63,6 +63,10 @@ class _Tokenise(Struct, kw_only=True):
     messages: list[Message] | None = None
 
 
+class _Detokenise(Struct, kw_only=True):
+    tokens: list[int]
+
+
 class Refusal(Exception):
     """Answered with an OpenAI error object."""
 
@@ -151,6 +155,7 @@ DONE = b"data: [DONE]\n\n"
 _chat = msgspec.json.Decoder(_Chat)
 _completions = msgspec.json.Decoder(_Completions)
 _tokenise = msgspec.json.Decoder(_Tokenise)
+_detokenise = msgspec.json.Decoder(_Detokenise)
 
 
 def event_of(data: bytes) -> bytes:
@@ -222,6 +227,18 @@ def read_tokenise(body: bytes) -> array[int]:
     if read.prompt is None:
         raise Refusal(400, "BadRequestError", 'body: expected a "prompt" or "messages", seen neither')
     return tokenise(read.prompt)
+
+
+def read_detokenise(body: bytes) -> str:
+    """The text that a body of `/detokenize` asks for.
+
+    Raises:
+        Refusal: 400, it has no tokens.
+    """
+    try:
+        return "".join(map(word, _detokenise.decode(body).tokens))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, "BadRequestError", f"body: {error}") from None
 
 
 def _prompts_of(prompt: str | list[str | int | list[int]]) -> tuple[array[int], ...]:

@@ -4,7 +4,8 @@
 -- ARGV  1 incarnation  2 claim number (rising within an incarnation)  3 limit  4 lease ms
 --       5 now (ISO 8601)  6 queue ('<pool>--<node>', also the worker's name)
 --       7 '' or the RQ execution id when a stock RQ worker already took the job in ARGV[8]
--- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens}, then foreign ids as {id};
+-- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens, checkpoint},
+-- then foreign ids as {id};
 -- error FENCED as in report; {} for a claim older than the last one.
 -- A job is entitled by removing its id from the list that proves it is ours to take: a frozen agent
 -- wakes with an id that its blocking read had already delivered, long after it was moved elsewhere.
@@ -54,8 +55,8 @@ else
 end
 local answer = {}
 for i, id in ipairs(taken) do
-  local job = redis.call('HMGET', 'rq:job:' .. id, 'seq', 'envelope', 'data', 'failures', 'hit')
-  answer[i] = {id, job[1], job[2], job[3], job[4], job[5]}
+  local job = redis.call('HMGET', 'rq:job:' .. id, 'seq', 'envelope', 'data', 'failures', 'hit', 'checkpoint')
+  answer[i] = {id, job[1], job[2], job[3], job[4], job[5], job[6]}
 end
 for _, id in ipairs(foreign) do answer[#answer + 1] = id end
 return answer

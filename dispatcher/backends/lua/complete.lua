@@ -2,7 +2,8 @@
 -- End attempts: store outcomes, or hand failed and unfinished ones back to the leader.
 -- KEYS  1 node  2 claimed  3 RQ wip
 -- ARGV  1 incarnation  2 closing (no KEYS, as in register)  3 items n
---       n x (job id, kind 'outcome'|'failed'|'released', ref, request id, payload)
+--       n x (job id, kind 'outcome'|'failed'|'released', ref, request id, payload,
+--            checkpoint or '')
 --       payload: the outcome, or the failed attempt
 -- Returns one answer per item: 'ok', or 'lost' when this attempt is not (or no longer) held here;
 -- error FENCED as in report. Accepted only from the current (incarnation, attempt): the claimed
@@ -15,7 +16,8 @@ local at = 4
 local answers = {}
 for i = 1, tonumber(ARGV[3]) do
   local job, kind, ref, id, payload = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
-  at = at + 5
+  local checkpoint = ARGV[at + 5]
+  at = at + 6
   if redis.call('ZREM', KEYS[2], job) == 1 then
     redis.call('XADD', ARGV[2], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
     redis.call('ZREM', KEYS[3], job .. ':flexlb')
@@ -23,6 +25,7 @@ for i = 1, tonumber(ARGV[3]) do
       redis.call('DEL', 'rq:job:' .. job)
     else
       redis.call('HSET', 'rq:job:' .. job, 'status', 'deferred')
+      if checkpoint ~= '' then redis.call('HSET', 'rq:job:' .. job, 'checkpoint', checkpoint) end
     end
     answers[i] = 'ok'
   else
