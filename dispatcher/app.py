@@ -135,6 +135,7 @@ class Dispatcher:
                 for node in self.mirror.fleet.nodes.values()
                 if node.breaker.state is not BreakerState.CLOSED
             )[:MOST_NAMED],
+            "cordoned": {node: wish.value for node, wish in sorted(self.mirror.fleet.cordons.items())},
             "waiting": len(state.window) if state is not None else 0,
             "bound": len(state.bound) if state is not None else 0,
         }

@@ -53,6 +53,16 @@ COMMANDS = (
         text="read the raw topics and name every lost, duplicated or re-executed request",
         module="dispatcher.audit",
     ),
+    Command(name="nodes", text="list a pool's nodes: state, wishes, work", module="dispatcher.nodes"),
+    Command(
+        name="cordon", text="bind nothing new to nodes; what is there goes on", module="dispatcher.nodes"
+    ),
+    Command(
+        name="drain",
+        text="cordon nodes and give back what is queued there; what runs finishes",
+        module="dispatcher.nodes",
+    ),
+    Command(name="uncordon", text="take a cordon or drain back", module="dispatcher.nodes"),
     Command(
         name="dead",
         text="list dead letters, show why each died, send its record again, purge",

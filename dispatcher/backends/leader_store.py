@@ -154,7 +154,7 @@ class LeaderStore:
                 item.envelope,
                 item.hit_tokens,
             )
-        keys = (names.epoch, names.generation, names.marks, names.pending)
+        keys = (names.epoch, names.generation, names.marks, names.pending, names.cordons)
         counter, answers, numbers = await self._run("assign", keys, [self.counter, *arguments])
         self.note_counter(int(counter))
         return [(answer.decode(), int(number)) for answer, number in zip(answers, numbers, strict=True)]

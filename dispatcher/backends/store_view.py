@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from dispatcher.backends.scripts import Redis, translate
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol.names import Names
-from dispatcher.protocol.node import Medium
+from dispatcher.protocol.node import Medium, Wish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,22 @@ class StoredNode:
     identity: bytes
     report: bytes
     alive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cordons:
+    """What operators wish, by node, in the Redis data set `generation` ('' while it has none)."""
+
+    generation: str
+    wishes: dict[str, Wish]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeWork:
+    """How many jobs wait in a node's queue, and how many its agent holds."""
+
+    queued: int
+    claimed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +187,31 @@ class StoreView:
                 )
         return found
 
+    async def cordons(self) -> Cordons:
+        """What operators wish, read in one step with the generation."""
+        pipe = self._client.pipeline(transaction=True)
+        pipe.hget(self.names.generation, "id")
+        pipe.hgetall(self.names.cordons)
+        generation, wishes = await self._ask(pipe.execute(), "cordons")
+        return Cordons(
+            generation=(generation or b"").decode(),
+            wishes={node.decode(): _wish(wish.decode()) for node, wish in wishes.items()},
+        )
+
+    async def node_work(self, nodes: Iterable[str]) -> dict[str, NodeWork]:
+        """The work at each node: few jobs, late binding sees to that."""
+        wanted = list(nodes)
+        pipe = self._client.pipeline(transaction=False)
+        for node in wanted:
+            pipe.lrange(self.names.queue_key(node), 0, -1)
+            pipe.lrange(self.names.intermediate(node), 0, -1)
+            pipe.zrange(self.names.claimed(node), 0, -1)
+        found = await self._ask(pipe.execute(), "work of nodes") if wanted else []
+        return {
+            node: NodeWork(queued=len(found[3 * at]) + len(found[3 * at + 1]), claimed=len(found[3 * at + 2]))
+            for at, node in enumerate(wanted)
+        }
+
     async def cached_blocks(self, node: str) -> CachedBlocks | None:
         """What a node's cache view holds, read in one step; None when Redis does not know the node."""
         pipe = self._client.pipeline(transaction=True)
@@ -259,6 +300,11 @@ class StoreView:
             pipe.hmget(key, ["ref", "envelope", "failures", "excluded", "seq", "hit"])
         answer: list[list[bytes | None]] = await self._ask(pipe.execute(), "jobs")
         return answer
+
+
+def _wish(text: str) -> Wish:
+    """A wish; one that we do not know, of a later release, at least binds nothing."""
+    return Wish(text) if text in Wish.__members__.values() else Wish.CORDON
 
 
 def _stored_job(

@@ -120,7 +120,7 @@ class JobId:
 class Names:
     """All names of one pool.
 
-    Redis (prefix `flexlb:<pool>:`; L = leader, A = an agent, for its own node only):
+    Redis (prefix `flexlb:<pool>:`; L = leader, A = an agent, for its own node only, O = an operator):
 
     | name                    | type   | lives                | writes | reads |
     |-------------------------|--------|----------------------|--------|-------|
@@ -135,9 +135,10 @@ class Names:
     | pending                 | zset   | while in this place  | L      | L     |
     | pending:<ref>           | hash   | while in this place  | L      | L     |
     | closing                 | stream | until published      | L, A+  | L     |
-    | reports                 | stream | capped               | A+     | L     |
+    | reports                 | stream | capped               | A+, O+ | L     |
     | blocks                  | stream | capped               | A+     | L     |
     | nodes                   | set    | permanent            | L      | L     |
+    | cordons                 | hash   | permanent            | O      | L     |
     | node:<n>                | hash   | 1 h after last report| L, A   | L, A  |
     | node:<n>:load           | hash   | heartbeat TTL        | A      | L     |
     | node:<n>:claimed        | zset   | while claimed        | L, A   | L, A  |
@@ -290,6 +291,11 @@ class Names:
     def nodes(self) -> str:
         """The nodes that the leader has admitted."""
         return f"{self.prefix}nodes"
+
+    @property
+    def cordons(self) -> str:
+        """What operators wish, by node: `cordon` or `drain`."""
+        return f"{self.prefix}cordons"
 
     def node(self, node: str) -> str:
         """Identity of a node: incarnation, fenced incarnation, role, models, capacity, counters."""

@@ -89,6 +89,13 @@ class NodeReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     v: int = FIRST_VERSION
 
 
+class Wish(StrEnum):
+    """What an operator wishes of a node, until it is taken back: it outlives incarnations and leaders."""
+
+    CORDON = "cordon"
+    DRAIN = "drain"
+
+
 class ControlKind(StrEnum):
     """What a leader asks of an agent on its control stream."""
 

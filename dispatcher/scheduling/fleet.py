@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
 from dispatcher.scheduling.breaker import Breaker
 from dispatcher.scheduling.predictor import Predictor
 
@@ -47,6 +48,7 @@ class NodeState:
     last_heard_s: float = 0.0
     available: bool = True
     admitted: bool = False
+    cordoned: bool = False
     held: dict[str, int] = field(default_factory=dict)
     held_tokens: int = 0
     unseen: dict[str, _Unseen] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class NodeState:
     @property
     def is_eligible(self) -> bool:
         """Whether new work may go there at all."""
+        if self.cordoned:
+            return False
         if not self.available or not self.admitted or not self.breaker.admits:
             return False
         return self.report is None or (self.report.engine_ok and not self.report.draining)
@@ -180,16 +184,23 @@ class Fleet:
         self.nodes: dict[str, NodeState] = {}
         self._by_model: dict[str, list[NodeState]] = {}
         self.version = 0
+        self.cordons: dict[str, Wish] = {}
 
     def admit(self, identity: NodeIdentity, now_s: float) -> NodeState:
         """Enter a node, or replace its incarnation; what it holds is kept for the leader to move."""
         known = self.nodes.get(identity.node)
-        node = NodeState(identity=identity, last_heard_s=now_s)
+        node = NodeState(identity=identity, last_heard_s=now_s, cordoned=identity.node in self.cordons)
         if known is not None:
             node.take_over(known)
         self.nodes[identity.node] = node
         self._index()
         return node
+
+    def cordon(self, cordons: Mapping[str, Wish]) -> None:
+        """Take over what an operator wishes, by node; also of nodes that are yet to come (back)."""
+        self.cordons = dict(cordons)
+        for node in self.nodes.values():
+            node.cordoned = node.name in cordons
 
     def forget(self, name: str) -> None:
         """Remove a node for good."""

@@ -136,6 +136,10 @@ class Dispatch:
             choice.node.available = False
             state.enter(waiting)
             return
+        if answer == "cordoned":
+            choice.node.cordoned = True
+            state.enter(waiting)
+            return
         _, owner, print_ = answer.split("|")
         envelope = waiting.envelope
         state.forget(ref)

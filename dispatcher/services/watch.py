@@ -15,6 +15,7 @@ from dispatcher.backends.store_view import StoredNode, StoreView
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
+from dispatcher.protocol.node import Wish
 from dispatcher.protocol.outcome import FailureCause
 from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.fleet import Fleet
@@ -47,6 +48,9 @@ class FleetMirror:
         self.healthy = HealthyClock()
         self.changed: set[str] = set()
         self.left: set[str] = set()
+        self.lost_cordons: dict[str, Wish] = {}
+        self._generation = ""
+        self._cordons_changed = False
         self._unknown: set[str] = set()
         self._view = view
         self._clock = clock
@@ -70,6 +74,8 @@ class FleetMirror:
             for entry in entries:
                 self._cursor = entry.id
                 self._apply(entry.text("kind"), entry.fields.get(b"body", b""))
+            if self._cordons_changed:
+                await self._read_cordons()
             self.healthy.answered(self._clock.monotonic())
         except StoreUnavailable:
             self.healthy.failed()
@@ -89,7 +95,18 @@ class FleetMirror:
         self.merge(await self._view.nodes(sorted(names)))
         if self._cursor is None or _order(self._cursor) > _order(newest):
             self._cursor = newest
+        await self._read_cordons()
         self._synced_at = now
+
+    async def _read_cordons(self) -> None:
+        """Take over what operators wish. What went with Redis's data can only be told, not kept."""
+        found = await self._view.cordons()
+        if found.generation != self._generation:
+            gone = {node: wish for node, wish in self.fleet.cordons.items() if node not in found.wishes}
+            self.lost_cordons |= gone
+            self._metrics.cordons_lost.inc(len(gone))
+        self._generation, self._cordons_changed = found.generation, False
+        self.fleet.cordon(found.wishes)
 
     def merge(self, stored: Iterable[StoredNode]) -> None:
         """Take over identities that the stream did not show."""
@@ -114,6 +131,8 @@ class FleetMirror:
                     self.fleet.admit(identity, self.healthy.now_s)
                 self.changed.add(identity.node)
                 self.left.discard(identity.node)
+            elif kind == "cordon":
+                self._cordons_changed = True
             elif kind == "report":
                 report = codec.reports.decode(body)
                 node = self.fleet.nodes.get(report.node)
@@ -165,6 +184,7 @@ class Guard:
         self._reconciled_at = 0.0
         self._forgot_at = 0.0
         self._astray: dict[str, str] = {}
+        self._drained: set[str] = set()
 
     async def run(self) -> None:
         """Follow and act until cancelled."""
@@ -182,6 +202,7 @@ class Guard:
         left, mirror.left = mirror.left, set()
         for name in sorted(left):
             await self.fence(name, FailureCause.DRAINING)
+        await self._obey()
         heard = {node.name: node.last_heard_s for node in mirror.fleet.nodes.values() if node.available}
         now_s = mirror.healthy.now_s
         for name in silent_nodes(heard, now_s, window_s=self._window_s, already_warned=self._warned):
@@ -206,6 +227,24 @@ class Guard:
                 state.log.info("node is tried again with one request at a time", node=node.name)
             on_probation += node.available and node.breaker.state is not BreakerState.CLOSED
         state.metrics.nodes.labels("on_probation").set(on_probation)
+
+    async def _obey(self) -> None:
+        """Give back what is queued at nodes that shall drain; nothing new is bound to them meanwhile."""
+        mirror, state = self._mirror, self._state
+        lost, mirror.lost_cordons = mirror.lost_cordons, {}
+        for name, wish in lost.items():
+            state.log.error("cordon_lost", node=name, wish=wish.value, fix=f"flexlb {wish.value} {name}")
+        cordons = mirror.fleet.cordons
+        draining = {
+            name for name, wish in cordons.items() if wish is Wish.DRAIN and name in mirror.fleet.nodes
+        }
+        for name in sorted(draining - self._drained):
+            moved = await self._requeue(name, "queued", "", FailureCause.DRAINING)
+            state.log.warning("node drains", node=name, moved=moved)
+        self._drained = draining
+        for wish in Wish:
+            count = sum(one is wish for one in cordons.values())
+            state.metrics.cordoned.labels(wish.value).set(count)
 
     async def _welcome(self, name: str) -> None:
         node = self._mirror.fleet.nodes[name]

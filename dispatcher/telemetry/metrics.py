@@ -47,6 +47,12 @@ class DispatcherMetrics:
         self.probations = Counter(
             "flexlb_node_probations", "Times a node got no work after engine failures", registry=registry
         )
+        self.cordoned = Gauge(
+            "flexlb_nodes_cordoned", "Nodes that operators cordoned or drained", ["wish"], registry=registry
+        )
+        self.cordons_lost = Counter(
+            "flexlb_cordons_lost", "Operators' wishes that went with Redis's data", registry=registry
+        )
         self.stale_load_s = Gauge(
             "flexlb_oldest_report_seconds", "Age of the oldest load report", registry=registry
         )

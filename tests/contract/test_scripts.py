@@ -24,13 +24,14 @@ from dispatcher.backends.leader_store import (
     RetryItem,
 )
 from dispatcher.backends.node_store import Busy, Claimed, Ending, NodeStore
+from dispatcher.backends.operator_store import OperatorStore
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.errors import Deposed, Fenced, GenerationLost, StoreFull
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
-from dispatcher.protocol.node import NodeIdentity, NodeReport
+from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause
 from tests.support.servers import run
 from tests.support.sim.loop import current
@@ -401,6 +402,7 @@ def leader_calls(leader: LeaderStore) -> dict[str, Callable[[], Awaitable[object
         "fence": lambda: leader.requeue("n", "fence", "x", "node_lost"),
         "expired": lambda: leader.requeue("n", "expired", "", "lease_expired"),
         "others": lambda: leader.requeue("n", "others", "y", "node_lost"),
+        "queued": lambda: leader.requeue("n", "queued", "", "draining"),
         "retry": lambda: leader.retry([retry]),
         "settle": lambda: leader.settle({0: 7}, [(b"1-1", str(job_id()))]),
         "admit": lambda: leader.admit("other"),
@@ -447,7 +449,7 @@ async def test_a_leader_changes_nothing_in_a_redis_that_went_back_in_time(stage:
     assert leader.counter == 1
     leader.note_counter(2)
     before = await stage.snapshot()
-    counted = {"assign", "close", "fence", "expired", "others", "retry", "settle"}
+    counted = {"assign", "close", "fence", "expired", "others", "queued", "retry", "settle"}
     for name in counted:
         with pytest.raises(GenerationLost, match="REWOUND Redis went back in time"):
             await leader_calls(leader)[name]()
@@ -1033,6 +1035,77 @@ async def test_what_a_former_incarnation_claimed_is_moved(stage: Stage) -> None:
         assert await leader.requeue("n", "others", "y", "node_lost") == moved
     assert await stage.places("i0_0") == ["pending"]
     assert await stage.places("i0_1") == ["claimed of n"]
+
+
+@everywhere
+async def test_what_nobody_has_claimed_is_given_back_by_a_drain(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    await assign(leader, *[item(offset) for offset in range(4)])
+    await claim(node, limit=1)
+    await node.wait_for_work(1)
+    moved = await leader.requeue("n", "queued", "", "draining")
+    assert moved is not None
+    assert sorted(str(ref) for ref in moved) == ["i0_1", "i0_2", "i0_3"]
+    assert await leader.requeue("n", "queued", "", "draining") == []
+    assert [await stage.places(f"i0_{offset}") for offset in range(4)] == [
+        ["claimed of n"],
+        *[["pending"]] * 3,
+    ]
+    assert await claim(node, 2) == []
+    assert await node.complete("x", [ending(job_id(0))]) == ["ok"]
+
+
+# cordon
+
+
+@everywhere
+async def test_nothing_new_is_bound_to_a_cordoned_node(stage: Stage) -> None:
+    leader, operator = await stage.lead(), OperatorStore(stage.runner, stage.names)
+    node = await stage.join()
+    await stage.join("other", "z")
+    assert await assign(leader, item(0), item(1)) == ["ok", "ok"]
+    await claim(node, limit=1)
+    assert await operator.wish("n", Wish.CORDON) == ""
+    assert await operator.wish("n", Wish.CORDON) == "cordon"
+    assert await assign(leader, item(2), item(3, node="other", incarnation="z")) == ["cordoned", "ok"]
+    assert await stage.places("i0_2") == []
+    # What was there goes on, also under a new incarnation and a new leader.
+    assert ids(await claim(node, 2)) == [str(job_id(1))]
+    assert await node.complete("x", [ending(job_id(0)), ending(job_id(1))]) == ["ok", "ok"]
+    leader = await stage.lead("two", depose=leader.lease.token)
+    await stage.client.delete(stage.names.load("n"))
+    await stage.join(incarnation="y")
+    assert await assign(leader, item(2, incarnation="y")) == ["cordoned"]
+    await leader.requeue("other", "fence", "z", "node_lost")
+    assert await assign(leader, item(3, incarnation="y", n=2, from_pending=True)) == ["cordoned"]
+    assert await stage.places("i0_3") == ["pending"]
+    assert (await stage.view.cordons()).wishes == {"n": Wish.CORDON}
+    assert await operator.wish("n", None) == "cordon"
+    assert await operator.wish("n", None) == ""
+    again = [item(2, incarnation="y"), item(3, incarnation="y", n=2, from_pending=True)]
+    assert await assign(leader, *again) == ["ok", "ok"]
+    assert (await stage.view.cordons()).wishes == {}
+
+
+@everywhere
+async def test_a_wish_of_a_node_that_nobody_knows_is_refused(stage: Stage) -> None:
+    operator = OperatorStore(stage.runner, stage.names)
+    before = await stage.snapshot()
+    assert await operator.wish("gpu-71", Wish.DRAIN) is None
+    assert await stage.snapshot() == before
+    await stage.join("gpu-17")
+    assert await operator.wish("gpu-17", Wish.DRAIN) == ""
+    await stage.client.delete(stage.names.node("gpu-17"))
+    assert await operator.wish("gpu-17", Wish.CORDON) == "drain"
+    told = [fields for _, fields in await stage.client.xrange(stage.names.reports)]
+    assert told[1:] == 2 * [{b"kind": b"cordon", b"body": b"gpu-17"}]
+
+
+@everywhere
+async def test_a_wish_of_a_later_release_binds_nothing_at_least(stage: Stage) -> None:
+    await stage.client.hset(stage.names.cordons, "n", "polish")
+    assert (await stage.view.cordons()).wishes == {"n": Wish.CORDON}
 
 
 # retry

@@ -54,6 +54,7 @@ async def started(
 
 COMMANDS = [
     *("demo", "up", "dispatcher", "frontend", "init", "replay", "audit", "dead", "config", "doctor", "chaos"),
+    *("nodes", "cordon", "drain", "uncordon"),
     *("agent", "engine-sim"),
 ]
 

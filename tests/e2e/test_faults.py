@@ -17,6 +17,7 @@ from dispatcher.client.reader import Ended, Restarted, TextAdded
 from dispatcher.local.stack import LocalStack, Member
 from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.simulation.tokens import Answer, tokenise
+from tests.e2e.test_cli import flexlb
 from tests.support.wait import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
@@ -146,6 +147,46 @@ async def test_drained_agent_finishes_and_loses_nothing(make_stack: MakeStack) -
             await stack.agents[0].stop(grace_s=40)
             assert events(stack.agents[0], "agent stopped")
             await all_completed(client, await load)
+        found = await clean_audit(stack)
+        assert found.reexecuted == []
+
+
+async def test_drained_node_gives_back_its_queue_and_loses_nothing(make_stack: MakeStack) -> None:
+    async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
+        async with Client(stack.kafka, stack.settings.pool) as client:
+            sent: list[str] = []
+            enough = asyncio.Event()
+
+            async def submit_on() -> None:
+                while not enough.is_set():
+                    await submit_for(client, 0.5, per_s=20, ids=sent)
+
+            load = asyncio.create_task(submit_on())
+            await wait_until(lambda: len(sent) > 30, "some load")
+            where = ("--redis", stack.redis, "--pool", stack.settings.pool)
+            code, out, err = await flexlb("nodes", *where, "--json")
+            assert code == 0, err
+            node = json.loads(out)[0]["node"]
+            assert (await flexlb("drain", node, *where))[0] == 0
+            observer = connect_redis(stack.redis)
+            names = stack.names
+            keys = (names.queue_key(node), names.intermediate(node), names.claimed(node))
+
+            async def is_empty() -> bool:
+                return not await observer.exists(*keys)
+
+            await wait_until(is_empty, "the drained node to be empty")
+            seq = await observer.hget(names.node(node), "seq")
+            ran_empty_at = len(sent)
+            await wait_until(lambda: len(sent) > ran_empty_at + 20, "some load on the other node")
+            enough.set()
+            await load
+            await all_completed(client, sent)
+            assert await observer.hget(names.node(node), "seq") == seq, "nothing was bound to it"
+            assert (await flexlb("uncordon", node, *where))[0] == 0
+            await all_completed(client, await submit_for(client, 1.0, per_s=40))
+            assert await observer.hget(names.node(node), "seq") != seq
+            await observer.aclose()
         found = await clean_audit(stack)
         assert found.reexecuted == []
 

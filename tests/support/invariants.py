@@ -102,7 +102,7 @@ class Invariants:
         self._effects = 0
         self._permanent = re.compile(
             rf"{re.escape(names.prefix)}(leader|epoch|renewals|generation|marks|settled|pending|pending:.*|closing"
-            rf"|reports|blocks|nodes|above:.*|node:[^:]*:claimed)$|rq:(queues|workers|workers:.*|queue:.*|job:.*|wip:.*)$"
+            rf"|reports|blocks|nodes|cordons|above:.*|node:[^:]*:claimed)$|rq:(queues|workers|workers:.*|queue:.*|job:.*|wip:.*)$"
         )
 
     def violate(self, what: str) -> None:

@@ -1,6 +1,6 @@
 #!lua
 -- Bind a batch of requests to nodes: fence, drop duplicates, push RQ jobs, advance *assigned* marks.
--- KEYS  1 epoch  2 generation  3 marks  4 pending
+-- KEYS  1 epoch  2 generation  3 marks  4 pending  5 cordons
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 now (ISO 8601, for RQ)  6 id window ms
 --       7 marks m  8 items n   m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
@@ -11,6 +11,7 @@
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
 --   'gone'                the node is fenced or has another incarnation: choose again
+--   'cordoned'            an operator wants nothing new there: choose again
 --   'dup|<ref>|<print>'   its (tenant, id) belongs to another record
 -- Deliberately without allow-oom: at maxmemory nothing new is bound, so that work can end.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
@@ -23,6 +24,7 @@ local prefix, pool, now, window = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local marks, items = tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = 9 + 2 * marks
 local answers, numbers = {}, {}
+local any_cordoned = redis.call('EXISTS', KEYS[5]) == 1
 for i = 1, items do
   local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
   local job, ref, source, offset = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
@@ -41,6 +43,8 @@ for i = 1, items do
       answer = 'already'
     elseif known[1] ~= incarnation or known[2] == incarnation then
       answer = 'gone'
+    elseif any_cordoned and redis.call('HGET', KEYS[5], node) then
+      answer = 'cordoned'
     else
       local owner = redis.call('GET', identity)
       if owner and string.match(owner, '^[^|]*') ~= ref then
@@ -54,6 +58,8 @@ for i = 1, items do
     answer = 'already'
   elseif known[1] ~= incarnation or known[2] == incarnation then
     answer = 'gone'
+  elseif any_cordoned and redis.call('HGET', KEYS[5], node) then
+    answer = 'cordoned'
   else
     redis.call('ZREM', KEYS[4], ref)
     redis.call('RENAME', prefix .. 'pending:' .. ref, 'rq:job:' .. job)

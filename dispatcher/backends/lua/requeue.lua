@@ -6,6 +6,7 @@
 --       mode 'fence':   fence ARGV[6] and move everything
 --            'expired': move claimed jobs whose lease has ended (held by nobody)
 --            'others':  move claimed jobs of other incarnations than ARGV[6]
+--            'queued':  move what nobody has claimed
 -- Returns {counter, {'ok', ref, ref...}}; {counter, {'other', incarnation}} when the node has another one by now
 -- (fence only). Ids that are not this node's are none of its work, whoever put them there. A moved request keeps its failure count; the node is noted as excluded, and the attempt that ended
 -- so in the job's field `attempts`, which keeps the newest eight, one line of JSON each.
@@ -60,6 +61,11 @@ if ARGV[5] == 'fence' then
   for _, member in ipairs(redis.call('ZRANGE', KEYS[8], 0, -1)) do
     move(string.match(member, '^(.*):[^:]*$') or member)
     redis.call('ZREM', KEYS[8], member)
+  end
+elseif ARGV[5] == 'queued' then
+  for _, list in ipairs({KEYS[7], KEYS[6]}) do
+    for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do move(id) end
+    redis.call('DEL', list)
   end
 elseif ARGV[5] == 'expired' then
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now)) do
