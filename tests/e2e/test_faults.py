@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import pytest
 
 from dispatcher.audit import AuditResult, audit
 from dispatcher.backends.connect import connect_redis
 from dispatcher.client.client import Client
 from dispatcher.client.reader import Ended, Restarted, TextAdded
-from dispatcher.local.stack import LocalStack, Member
+from dispatcher.local.stack import LocalStack, Member, health
 from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.simulation.tokens import Answer, tokenise
 from tests.e2e.test_cli import flexlb
@@ -117,13 +118,23 @@ async def test_frozen_redis_fences_nobody_and_runs_nothing_twice(make_stack: Mak
         assert [fence for member in stack.dispatchers for fence in events(member, "node fenced")] == []
 
 
+async def busiest(agents: list[Member]) -> Member:
+    """The agent that runs the most requests now."""
+    async with aiohttp.ClientSession() as session:
+        states = [await health(session, agent.url) or {} for agent in agents]
+    running = [int(state.get("running", 0)) for state in states]
+    assert max(running), "expected some agent to run something"
+    return agents[running.index(max(running))]
+
+
 async def test_killed_agent_costs_a_retry_only(make_stack: MakeStack) -> None:
     async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
         async with Client(stack.kafka, stack.settings.pool) as client:
             ids = await submit_for(client, 2.0, per_s=20)
-            await stack.agents[0].kill()
+            victim = await busiest(stack.agents)
+            await victim.kill()
             await all_completed(client, ids)
-            await stack.start_member(stack.agents[0])
+            await stack.start_member(victim)
             await all_completed(client, await submit_for(client, 0.5, per_s=20))
         found = await clean_audit(stack)
         assert found.reexecuted, "the killed agent was running requests"
@@ -133,9 +144,10 @@ async def test_killed_engine_costs_a_retry_only(make_stack: MakeStack) -> None:
     async with make_stack(nodes=2, engine_flags=("--decode-step-ms", "20")) as stack:
         async with Client(stack.kafka, stack.settings.pool) as client:
             ids = await submit_for(client, 2.0, per_s=20)
-            await stack.engines[0].kill()
+            await stack.engines[stack.agents.index(await busiest(stack.agents))].kill()
             await all_completed(client, ids)
-        await clean_audit(stack)
+        found = await clean_audit(stack)
+        assert found.reexecuted, "the killed engine was running requests"
 
 
 async def test_drained_agent_finishes_and_loses_nothing(make_stack: MakeStack) -> None:
