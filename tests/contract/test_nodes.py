@@ -87,7 +87,11 @@ async def test_a_cordon_outlives_the_leader_and_the_agent(
             assert (await one.outcome("before")).node == "n1"
             assert await operator("cordon", "n1") == (0, "n1: cordoned\n", "")
             assert await operator("cordon", "n1") == (0, "n1: cordoned (was cordoned)\n", "")
-            await first.store.report(first.leaving())
+
+        async def is_silent() -> bool:
+            return not await one.redis.exists(one.names.load(first.name))
+
+        await wait_until(is_silent, "the first incarnation's heartbeat to end")
         async with one.running(one.dispatcher()) as second, one.running(ScriptedNode(one, "n1")) as restarted:
             await wait_until(
                 lambda: (
