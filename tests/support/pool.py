@@ -88,11 +88,6 @@ class ScriptedNode:
             await self.store.extend(self.incarnation, held, now_iso=CLOCK.now_iso())
             await asyncio.sleep(0.3)
 
-    def leaving(self) -> NodeReport:
-        """The report by which it leaves."""
-        self._sequence += 1
-        return NodeReport(node=self.name, incarnation=self.incarnation, sequence=self._sequence, left=True)
-
     async def _work(self) -> None:
         while True:
             if await self.store.wait_for_work(0.5):
