@@ -239,8 +239,8 @@ class Agent:
         return NodeIdentity(
             node=settings.node,
             incarnation=self._new_id(),
-            models=_names(settings.models),
-            loras=_names(settings.loras),
+            models=settings.model_names,
+            loras=settings.lora_names,
             role=settings.role,
             max_running=settings.max_running,
             max_model_len=settings.max_model_len,
@@ -286,10 +286,6 @@ class Agent:
             job,
             failed_ending(job, envelope.ref, envelope.id, failed, kind="released", checkpoint=checkpoint),
         )
-
-
-def _names(listed: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 async def _emptied(state: AgentState, seconds: float) -> bool:

@@ -176,7 +176,8 @@ class _Run:
         identity = NodeIdentity(
             node=settings.node,
             incarnation=incarnation,
-            models=tuple(name.strip() for name in settings.models.split(",") if name.strip()),
+            models=settings.model_names,
+            loras=settings.lora_names,
             role=settings.role,
             max_running=1,
             max_model_len=settings.max_model_len,

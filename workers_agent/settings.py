@@ -97,3 +97,17 @@ class AgentSettings(AccessSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level logged"
     )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """`models` as names."""
+        return _names(self.models)
+
+    @property
+    def lora_names(self) -> tuple[str, ...]:
+        """`loras` as names."""
+        return _names(self.loras)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())

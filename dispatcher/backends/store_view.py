@@ -97,6 +97,12 @@ class StoredLedger:
     closing_refs: list[str] = field(default_factory=list)
 
 
+def stream_order(id: bytes) -> tuple[int, int]:
+    """What stream ids are ordered by."""
+    milliseconds, _, sequence = id.partition(b"-")
+    return int(milliseconds), int(sequence or 0)
+
+
 class StoreView:
     """Reads of one pool over one client."""
 

@@ -11,7 +11,7 @@ import asyncio
 from dataclasses import dataclass
 
 from dispatcher.backends.clock import Clock
-from dispatcher.backends.store_view import StoreView
+from dispatcher.backends.store_view import StoreView, stream_order
 from dispatcher.errors import StoreRefused, StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.node import BlockEvent, BlockEventKind, Medium
@@ -107,7 +107,7 @@ class Registry:
         self._compared_at_s = now_s
         newest = await self._view.last_id(self._view.names.blocks)
         assert self._cursor is not None
-        if _order(newest) < _order(self._cursor):
+        if stream_order(newest) < stream_order(self._cursor):
             self._cursor = b"0-0"
             self._followed.clear()
         partial = 0
@@ -180,9 +180,3 @@ class Registry:
         self._index.replace(node, stored.tiers)
         self._followed[node] = _Followed(incarnation=stored.incarnation, sequence=stored.sequence)
         self._metrics.index_rebuilds.labels(reason).inc()
-
-
-def _order(id: bytes) -> tuple[int, int]:
-    """What stream ids are ordered by."""
-    milliseconds, _, sequence = id.partition(b"-")
-    return int(milliseconds), int(sequence or 0)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.leader_store import LeaderStore
-from dispatcher.backends.store_view import StoredNode, StoreView
+from dispatcher.backends.store_view import StoredNode, StoreView, stream_order
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
@@ -32,12 +32,6 @@ REAP_S = 2.0
 GENERATION_CHECK_S = 1.0
 RECONCILE_S = 2.0
 FORGET_S = 60.0
-
-
-def _order(id: bytes) -> tuple[int, int]:
-    """What stream ids are ordered by."""
-    milliseconds, _, sequence = id.partition(b"-")
-    return int(milliseconds), int(sequence or 0)
 
 
 class FleetMirror:
@@ -93,7 +87,7 @@ class FleetMirror:
         newest = await self._view.last_id(self._view.names.reports)
         names = set(await self._view.node_names()) | set(self.fleet.nodes)
         self.merge(await self._view.nodes(sorted(names)))
-        if self._cursor is None or _order(self._cursor) > _order(newest):
+        if self._cursor is None or stream_order(self._cursor) > stream_order(newest):
             self._cursor = newest
         await self._read_cordons()
         self._synced_at = now
