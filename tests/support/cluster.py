@@ -7,38 +7,32 @@ workload, the network and the faults. `tests/support/invariants.py` watches ever
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 from prometheus_client import CollectorRegistry
 
 from dispatcher.app import Dispatcher
 from dispatcher.client.reader import ReplyReader
 from dispatcher.protocol import codec
-from dispatcher.protocol.assignment import Work
-from dispatcher.protocol.chunk import ChoiceDelta
-from dispatcher.protocol.names import Lane, Names
-from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Usage
+from dispatcher.protocol.names import Names
+from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.settings import DispatcherSettings
 from dispatcher.telemetry.logging import Log
+from tests.support.faults import Faults
 from tests.support.invariants import Expectations, Invariants, ObservedRedis
+from tests.support.scripted_engine import MOST_TOKENS, PROMPT_IDS, ScriptedEngine, answer_of
 from tests.support.sim.kafka import SimKafka
 from tests.support.sim.loop import current, run
 from tests.support.sim.network import CALM, ROUGH, Network, Process
+from tests.support.workload import MODEL, Workload
 from workers_agent.app import Agent
-from workers_agent.engines.engine import EngineFailure, Piece
-from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.settings import AgentSettings
 
 POOL = "sim"
-MODEL = "m"
+DISPATCHERS = ("d1", "d2")
 NODES = ("n1", "n2")
-REQUESTS = 30
-APPEND_WINDOW_S = 6.0
-FAULT_WINDOW_S = 10.0
 SETTLE_S = 60.0
 PARTITIONS = 2
 
@@ -50,73 +44,6 @@ DISPATCHER = DispatcherSettings(
     unknown_model_grace_s=3.0,
     default_deadline_s=300,
 )
-
-PROMPT_IDS = (1_000_001,) * 8
-MOST_TOKENS = 40
-
-_body = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def answer_of(request_id: str, tokens: int) -> str:
-    """The text that the simulated engines generate for a request."""
-    return "".join(f"{request_id}.{number} " for number in range(tokens))
-
-
-class ScriptedEngine:
-    """Generates `answer_of` the request, at a seeded pace, and fails now and then."""
-
-    def __init__(self, rng: random.Random, *, failure_share: float) -> None:
-        self._rng = rng
-        self._failure_share = failure_share
-        self.runs: list[str] = []
-
-    async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
-        """Run one request."""
-        rng = self._rng
-        self.runs.append(work.ref)
-        asked = json.loads(body)
-        first, prompt = 0, asked["prompt"]
-        if isinstance(prompt, list):
-            assert prompt == [*PROMPT_IDS, *range(len(prompt) - len(PROMPT_IDS))], (
-                "what was generated, in order"
-            )
-            first = len(prompt) - len(PROMPT_IDS)
-        tokens = first + int(asked["max_tokens"])
-        fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
-        await asyncio.sleep(rng.uniform(0.005, 0.2))
-        step_s = rng.choice([0.002, 0.01, 0.05])
-        for number in range(first, tokens):
-            if number == fails_at:
-                causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]
-                raise EngineFailure(rng.choice(causes), "the simulated engine failed")
-            await asyncio.sleep(step_s)
-            delta = ChoiceDelta(text=f"{work.id}.{number} ", token_ids=(number,))
-            yield Piece(choices=(delta,), tokens=1)
-        usage = Usage(prompt_tokens=len(PROMPT_IDS) + first, completion_tokens=tokens - first)
-        yield Piece(finish_reasons=((0, "length"),), usage=usage)
-
-    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
-        """The same for every prompt."""
-        return PROMPT_IDS
-
-    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
-        """A token's id is its place in the answer."""
-        return "".join(f"{work.id}.{number} " for number in token_ids)
-
-    async def is_alive(self) -> bool:
-        """Whether it answers."""
-        return True
-
-    async def load(self) -> EngineLoad | None:
-        """It tells nothing of itself."""
-        return EngineLoad()
-
-    async def probe(self, model: str) -> bool:
-        """Whether a token comes through."""
-        return True
-
-    async def close(self) -> None:
-        """Nothing to close."""
 
 
 @dataclass
@@ -149,6 +76,8 @@ class Cluster:
         self.rng = random.Random(seed)
         self.result = Outcome(seed=seed)
         self.names = Names(POOL)
+        self.dispatchers: Sequence[str] = DISPATCHERS
+        self.nodes: Sequence[str] = NODES
         self._scripts = scripts or {}
         loop = current()
         profile = CALM if self.rng.random() < 0.3 else ROUGH
@@ -158,13 +87,14 @@ class Cluster:
         self.redis = ObservedRedis(self.network)
         self.invariants = Invariants(
             self.names,
-            NODES,
+            self.nodes,
             self.redis,
             self.kafka,
             self.expectations,
             self.result.violations,
             scripts=self._scripts,
         )
+        self.workload = Workload(self.names, self.kafka, self.expectations, self.rng, self.note)
         self.redis.observer = self.invariants.after_effect
         self._trace = trace
         self._agents: list[CollectorRegistry] = []
@@ -231,116 +161,6 @@ class Cluster:
         )
         process.spawn(agent.run(asyncio.Event()), name=node)
 
-    # The workload
-
-    def append(self, request: dict[str, object], *, lane: Lane = Lane.INTERACTIVE) -> None:
-        """Append one request and expect what it should come to."""
-        value = json.dumps(request).encode()
-        tp = self.kafka.append(self.names.requests(lane), value, str(request.get("id", "")).encode())
-        offset = self.kafka.ends(tp.topic)[tp.partition] - 1
-        self.expectations.add(f"{lane.value}{tp.partition}_{offset}", request)
-        self.note(f"append {lane.value}{tp.partition}_{offset} {request.get('id')}")
-
-    async def submit_all(self) -> None:
-        """The clients' work over the append window."""
-        rng = self.rng
-        for number in range(REQUESTS):
-            await asyncio.sleep(rng.expovariate(REQUESTS / APPEND_WINDOW_S))
-            request: dict[str, object] = {
-                "id": f"r{number}",
-                "model": MODEL,
-                "endpoint": "/v1/completions",
-                "priority": rng.randrange(1, 101),
-                "body": {
-                    "prompt": "x" * rng.randrange(1, 400),
-                    "max_tokens": rng.choice([1, 3, 10, MOST_TOKENS]),
-                },
-            }
-            lane = Lane.BATCH if rng.random() < 0.15 else Lane.INTERACTIVE
-            kind = rng.random()
-            if kind < 0.06:
-                request["model"] = "nobody-serves-this"
-            elif kind < 0.10:
-                request["deadline_ms"] = rng.choice([1, 200, 1500])
-            elif kind < 0.13:
-                request["priority"] = "high"
-            self.append(request, lane=lane)
-            after = rng.random()
-            if after < 0.10 and kind >= 0.13:
-                self.append(request, lane=lane)
-            elif after < 0.16 and kind >= 0.13:
-                self.append({**request, "body": {"prompt": "other", "max_tokens": 2}}, lane=lane)
-            elif after < 0.22:
-                cancel = json.dumps({"id": request["id"]}).encode()
-                self.kafka.append(self.names.cancels, cancel, str(request["id"]).encode())
-            elif after < 0.24:
-                self.kafka.append(self.names.cancels, json.dumps({"id": f"r{number + 1}"}).encode(), b"x")
-
-    # Faults
-
-    async def break_things(self) -> None:
-        """The seed's faults, one after the other over the fault window."""
-        rng = self.rng
-        faults: Sequence[Callable[[], None]] = (
-            self._kill_dispatcher,
-            self._freeze_dispatcher,
-            self._kill_agent,
-            self._freeze_agent,
-            self._restart_redis,
-            self._freeze_redis,
-            self._lose_redis,
-            self._rewind_redis,
-            self._break_kafka,
-        )
-        for _ in range(rng.randrange(1, 6)):
-            await asyncio.sleep(rng.uniform(0.1, FAULT_WINDOW_S / 4))
-            rng.choice(faults)()
-            self.invariants.check_places("after a fault")
-
-    def _kill_dispatcher(self) -> None:
-        self._kill(self.rng.choice(["d1", "d2"]), self.start_dispatcher)
-
-    def _kill_agent(self) -> None:
-        self._kill(self.rng.choice(NODES), self.start_agent)
-
-    def _kill(self, name: str, start: Callable[[str], None]) -> None:
-        self.note(f"kill {name}")
-        self.processes[name].kill()
-        self._loop.call_later(self.rng.choice([0.1, 1.0, 5.0]), start, name)
-
-    def _freeze_dispatcher(self) -> None:
-        self._freeze(self.rng.choice(["d1", "d2"]))
-
-    def _freeze_agent(self) -> None:
-        self._freeze(self.rng.choice(NODES))
-
-    def _freeze(self, name: str) -> None:
-        seconds = self.rng.choice([0.3, 1.5, 3.0, 6.0])
-        process = self.processes[name]
-        if process.is_alive and not process.is_frozen:
-            self.note(f"freeze {name} for {seconds}")
-            process.freeze(seconds)
-
-    def _restart_redis(self) -> None:
-        self.note("restart redis")
-        self.redis.restart(down_s=self.rng.choice([0.1, 1.0, 3.0]))
-
-    def _freeze_redis(self) -> None:
-        self.note("freeze redis")
-        self.redis.freeze(self.rng.choice([0.5, 3.0]))
-
-    def _lose_redis(self) -> None:
-        self.note("lose redis")
-        self.redis.restart(keep_data=False, down_s=self.rng.choice([0.1, 1.0]))
-
-    def _rewind_redis(self) -> None:
-        self.note("rewind redis")
-        self.redis.restart(lose_last_s=self.rng.choice([0.2, 1.0]), down_s=0.2)
-
-    def _break_kafka(self) -> None:
-        self.note("kafka down")
-        self.kafka.down(self.rng.choice([0.2, 2.0]))
-
     # The run
 
     def _check_streams(self) -> None:
@@ -368,13 +188,13 @@ class Cluster:
         """Run the seed to its end."""
         for topic in self.names.topics:
             self.kafka.create_topic(topic, PARTITIONS)
-        for name in ("d1", "d2"):
+        for name in self.dispatchers:
             self.start_dispatcher(name)
-        for node in NODES:
+        for node in self.nodes:
             self.start_agent(node)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.submit_all())
-            group.create_task(self.break_things())
+            group.create_task(self.workload.submit_all())
+            group.create_task(Faults(self, self.rng).run())
         until = self._loop.time() + SETTLE_S
         while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.25)

@@ -1,0 +1,79 @@
+"""The engine of the cluster simulation: every answer is known beforehand, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncGenerator, Sequence
+
+from dispatcher.protocol.assignment import Work
+from dispatcher.protocol.chunk import ChoiceDelta
+from dispatcher.protocol.outcome import FailureCause, Usage
+from workers_agent.engines.engine import EngineFailure, Piece
+from workers_agent.engines.engine_load import EngineLoad
+
+PROMPT_IDS = (1_000_001,) * 8
+MOST_TOKENS = 40
+
+
+def answer_of(request_id: str, tokens: int) -> str:
+    """The text that the simulated engines generate for a request."""
+    return "".join(f"{request_id}.{number} " for number in range(tokens))
+
+
+class ScriptedEngine:
+    """Generates `answer_of` the request, at a seeded pace, and fails now and then."""
+
+    def __init__(self, rng: random.Random, *, failure_share: float) -> None:
+        self._rng = rng
+        self._failure_share = failure_share
+        self.runs: list[str] = []
+
+    async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
+        """Run one request."""
+        rng = self._rng
+        self.runs.append(work.ref)
+        asked = json.loads(body)
+        first, prompt = 0, asked["prompt"]
+        if isinstance(prompt, list):
+            assert prompt == [*PROMPT_IDS, *range(len(prompt) - len(PROMPT_IDS))], (
+                "what was generated, in order"
+            )
+            first = len(prompt) - len(PROMPT_IDS)
+        tokens = first + int(asked["max_tokens"])
+        fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
+        await asyncio.sleep(rng.uniform(0.005, 0.2))
+        step_s = rng.choice([0.002, 0.01, 0.05])
+        for number in range(first, tokens):
+            if number == fails_at:
+                causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]
+                raise EngineFailure(rng.choice(causes), "the simulated engine failed")
+            await asyncio.sleep(step_s)
+            delta = ChoiceDelta(text=f"{work.id}.{number} ", token_ids=(number,))
+            yield Piece(choices=(delta,), tokens=1)
+        usage = Usage(prompt_tokens=len(PROMPT_IDS) + first, completion_tokens=tokens - first)
+        yield Piece(finish_reasons=((0, "length"),), usage=usage)
+
+    async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
+        """The same for every prompt."""
+        return PROMPT_IDS
+
+    async def text_of(self, work: Work, token_ids: Sequence[int]) -> str | None:
+        """A token's id is its place in the answer."""
+        return "".join(f"{work.id}.{number} " for number in token_ids)
+
+    async def is_alive(self) -> bool:
+        """Whether it answers."""
+        return True
+
+    async def load(self) -> EngineLoad | None:
+        """It tells nothing of itself."""
+        return EngineLoad()
+
+    async def probe(self, model: str) -> bool:
+        """Whether a token comes through."""
+        return True
+
+    async def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,78 @@
+"""What the clients of one simulated cluster append, and what each record should come to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+
+from dispatcher.protocol.names import Lane, Names
+from tests.support.invariants import Expectations
+from tests.support.scripted_engine import MOST_TOKENS
+from tests.support.sim.kafka import SimKafka
+
+MODEL = "m"
+REQUESTS = 30
+APPEND_WINDOW_S = 6.0
+
+
+class Workload:
+    """The clients of one cluster."""
+
+    def __init__(
+        self,
+        names: Names,
+        kafka: SimKafka,
+        expectations: Expectations,
+        rng: random.Random,
+        note: Callable[[str], None],
+    ) -> None:
+        self.names = names
+        self.kafka = kafka
+        self.expectations = expectations
+        self.rng = rng
+        self.note = note
+
+    def append(self, request: dict[str, object], *, lane: Lane = Lane.INTERACTIVE) -> None:
+        """Append one request and expect what it should come to."""
+        value = json.dumps(request).encode()
+        tp = self.kafka.append(self.names.requests(lane), value, str(request.get("id", "")).encode())
+        offset = self.kafka.ends(tp.topic)[tp.partition] - 1
+        self.expectations.add(f"{lane.value}{tp.partition}_{offset}", request)
+        self.note(f"append {lane.value}{tp.partition}_{offset} {request.get('id')}")
+
+    async def submit_all(self) -> None:
+        """The clients' work over the append window."""
+        rng = self.rng
+        for number in range(REQUESTS):
+            await asyncio.sleep(rng.expovariate(REQUESTS / APPEND_WINDOW_S))
+            request: dict[str, object] = {
+                "id": f"r{number}",
+                "model": MODEL,
+                "endpoint": "/v1/completions",
+                "priority": rng.randrange(1, 101),
+                "body": {
+                    "prompt": "x" * rng.randrange(1, 400),
+                    "max_tokens": rng.choice([1, 3, 10, MOST_TOKENS]),
+                },
+            }
+            lane = Lane.BATCH if rng.random() < 0.15 else Lane.INTERACTIVE
+            kind = rng.random()
+            if kind < 0.06:
+                request["model"] = "nobody-serves-this"
+            elif kind < 0.10:
+                request["deadline_ms"] = rng.choice([1, 200, 1500])
+            elif kind < 0.13:
+                request["priority"] = "high"
+            self.append(request, lane=lane)
+            after = rng.random()
+            if after < 0.10 and kind >= 0.13:
+                self.append(request, lane=lane)
+            elif after < 0.16 and kind >= 0.13:
+                self.append({**request, "body": {"prompt": "other", "max_tokens": 2}}, lane=lane)
+            elif after < 0.22:
+                cancel = json.dumps({"id": request["id"]}).encode()
+                self.kafka.append(self.names.cancels, cancel, str(request["id"]).encode())
+            elif after < 0.24:
+                self.kafka.append(self.names.cancels, json.dumps({"id": f"r{number + 1}"}).encode(), b"x")
