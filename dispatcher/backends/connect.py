@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 
 from dispatcher.backends.access import KafkaAccess, RedisAccess
 from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_servers, is_redis_url, masked
+from dispatcher.backends.lenient_records import read_leniently
 from dispatcher.backends.redis_connection import make_pool
 from dispatcher.backends.scripts import Redis
 from dispatcher.errors import LogUnavailable, SettingsError
@@ -123,6 +124,7 @@ def connect_kafka(bootstrap: str, access: KafkaAccess = PLAINTEXT) -> KafkaClien
     if not is_kafka_servers(bootstrap):
         raise SettingsError(f"kafka: expected {KAFKA_SERVERS.expected}, seen {bootstrap!r}")
     secured: dict[str, Any] = access.options
+    read_leniently()
 
     def consumer(*topics: str, **options: Any) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(
