@@ -159,8 +159,7 @@ class Dispatcher:
         self.state = state
         self._open = [requests, outcomes]
         try:
-            await outcomes.start()
-            await requests.start()
+            await run_together(outcomes=outcomes.start(), requests=requests.start())
             recovery = Recovery(
                 state,
                 store,

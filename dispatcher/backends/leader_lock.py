@@ -8,7 +8,7 @@ request was sent, a leader stops when in doubt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dispatcher.backends.scripts import ScriptRunner
 from dispatcher.errors import Deposed
@@ -23,10 +23,14 @@ def epoch_of(token: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Somebody else leads; `renewals` stands still when that leader does."""
+    """Somebody else leads; `renewals` stands still when that leader does.
+
+    `left_s`: its lock expires so long after the answer unless it is renewed; two are equal without it.
+    """
 
     token: str
     renewals: int
+    left_s: float = field(default=0.0, compare=False)
 
     @property
     def epoch(self) -> int:
@@ -80,7 +84,7 @@ class LeaderLock:
         got, token, *rest = await self._runner.run("acquire", self._keys, [owner, self._ttl_ms, depose])
         if got:
             return Lease(token.decode(), until=sent + self._ttl_ms / 1000, clock=self._clock)
-        return Held(token=token.decode(), renewals=int(rest[0]))
+        return Held(token=token.decode(), renewals=int(rest[0]), left_s=max(0, int(rest[1])) / 1000)
 
     async def renew(self, lease: Lease) -> None:
         """Prolong `lease`, or raise Deposed."""

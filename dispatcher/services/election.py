@@ -33,6 +33,8 @@ from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
 LONGEST_POLL_S = 0.2
+EXPIRY_MARGIN_S = 0.002
+"""Redis counts expiry in whole milliseconds."""
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
 STANDSTILL_TTLS = 3
@@ -103,6 +105,7 @@ class Election:
         seen, seen_at = ("", 0), self._clock.monotonic()
         told = False
         while True:
+            left_s = LONGEST_POLL_S
             try:
                 now_s = self._clock.monotonic()
                 may_depose = not self._is_on or now_s - seen_at > STANDSTILL_TTLS * self._ttl_s
@@ -117,6 +120,7 @@ class Election:
                     seen = (answer.token, answer.renewals)
                     continue
                 seen, seen_at = self._observe(answer, seen, seen_at)
+                left_s = answer.left_s
             except Deposed:
                 owner = self._new_owner()
             except (StoreUnavailable, StoreRefused) as error:
@@ -125,7 +129,8 @@ class Election:
                 if not told:
                     self._log.error("redis does not answer, trying again", error=str(error))
                     told = True
-            await asyncio.sleep(self._poll_s * self._rng.uniform(0.8, 1.2))
+            # A lock that its leader does not renew is there to be taken the moment it expires.
+            await asyncio.sleep(min(self._poll_s * self._rng.uniform(0.8, 1.2), left_s + EXPIRY_MARGIN_S))
 
     def _new_owner(self) -> str:
         """An owner for one lease, known as this process's own: a late answer may hold the lock for it."""

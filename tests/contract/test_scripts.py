@@ -283,6 +283,8 @@ async def test_an_epoch_is_at_least_the_servers_time_and_one_owner_holds_it(stag
     assert lease.token == f"{lease.epoch}:one"
     refused = await stage.lock().acquire("two")
     assert refused == Held(token=lease.token, renewals=1)
+    assert isinstance(refused, Held)
+    assert 0 < refused.left_s <= LONG_S
 
 
 @everywhere

@@ -3,7 +3,7 @@
 -- KEYS  1 leader  2 epoch  3 renewals
 -- ARGV  1 owner (unique per try, so that a repeated call finds its own lock)  2 ttl ms
 --       3 token of a leader whose lease is not waited for, or ''
--- Returns {1, token} when acquired, {0, token of the holder, renewals} otherwise.
+-- Returns {1, token} when acquired, {0, token of the holder, renewals, ms until its lock expires} otherwise.
 -- The epoch is max(stored + 1, server ms): a plain counter collides after a failover to a replica
 -- that missed the last lock. Tokens are compared whole, '<epoch>:<owner>'.
 local holder = redis.call('GET', KEYS[1])
@@ -12,7 +12,9 @@ if holder then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
     return {1, holder}
   end
-  if holder ~= ARGV[3] then return {0, holder, redis.call('GET', KEYS[3]) or '0'} end
+  if holder ~= ARGV[3] then
+    return {0, holder, redis.call('GET', KEYS[3]) or '0', redis.call('PTTL', KEYS[1])}
+  end
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)

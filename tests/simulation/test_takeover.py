@@ -1,0 +1,46 @@
+"""How soon a standby leads after the leader was killed, in virtual time: when the lock expires, no later."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.support.cluster import DISPATCHER, PARTITIONS, Cluster
+from tests.support.sim.loop import current, run
+
+LOCK_AND_ONE_CALL_S = DISPATCHER.leader_ttl_s + 0.1
+
+
+async def takeover_s(seed: int) -> float:
+    """Seconds from the kill of the leader to the next one's epoch in Redis."""
+    cluster = Cluster(seed)
+    for topic in cluster.names.topics:
+        cluster.kafka.create_topic(topic, PARTITIONS)
+    for name in ("d1", "d2"):
+        cluster.start_dispatcher(name)
+
+    async def epoch_after(token: bytes | None) -> bytes:
+        async with asyncio.timeout(30):
+            while (found := cluster.redis.call("GET", cluster.names.epoch)) in {token, None}:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert isinstance(found, bytes)
+        return found
+
+    first = await epoch_after(None)
+    await asyncio.sleep(5.0)
+    assert cluster.redis.call("GET", cluster.names.epoch) == first, "two led without a fault"
+    leader = next(name for name in ("d1", "d2") if cluster.leads(name))
+    killed_s = current().time()
+    cluster.processes[leader].kill()
+    await epoch_after(first)
+    taken_s = current().time() - killed_s
+    for process in cluster.processes.values():
+        if process.is_alive:
+            process.kill()
+    return taken_s
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_standby_takes_the_lock_the_moment_it_expires(seed: int) -> None:
+    assert run(takeover_s(seed)) <= LOCK_AND_ONE_CALL_S
