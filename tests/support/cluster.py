@@ -100,6 +100,7 @@ class Cluster:
         self._agents: list[CollectorRegistry] = []
         self._ids = 0
         self.processes: dict[str, Process] = {}
+        self.running: dict[str, Dispatcher] = {}
         self._loop = loop
 
     def note(self, text: str) -> None:
@@ -129,6 +130,7 @@ class Cluster:
             log=self._log(name),
             scripts=self._scripts,
         )
+        self.running[name] = dispatcher
         process.spawn(dispatcher.run(), name=name)
 
     def _registry(self) -> CollectorRegistry:
