@@ -20,7 +20,7 @@ def main() -> int:
         configure_logging("INFO")
     bad = 0
     for seed in options.seeds:
-        result = simulate(seed, trace=print if options.trace else None)
+        result = simulate(seed, trace=print if options.trace else None, logs=options.logs)
         bad += bool(result.violations)
         print(
             f"seed {seed}: {result.outcomes} outcomes in {result.virtual_s:.1f} virtual s, "

@@ -7,9 +7,12 @@ workload, the network and the faults. `tests/support/invariants.py` watches ever
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -46,6 +49,19 @@ DISPATCHER = DispatcherSettings(
 )
 
 
+@functools.cache
+def _agent_settings(node: str) -> AgentSettings:
+    return AgentSettings(
+        pool=POOL,
+        node=node,
+        models=MODEL,
+        max_running=4,
+        heartbeat_ttl_s=2.0,
+        claim_lease_s=4.0,
+        engine_url="http://simulated",
+    )
+
+
 @dataclass
 class Outcome:
     """What became of one seed."""
@@ -67,12 +83,27 @@ class Outcome:
         )
 
 
+class _Silent(Log):
+    """Says nothing."""
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Say nothing."""
+
+    info = warning = error = debug
+
+
 class Cluster:
     """One seed's cluster."""
 
     def __init__(
-        self, seed: int, *, scripts: dict[str, str] | None = None, trace: Callable[[str], None] | None = None
+        self,
+        seed: int,
+        *,
+        scripts: dict[str, str] | None = None,
+        trace: Callable[[str], None] | None = None,
+        logs: bool = False,
     ) -> None:
+        self._logs = logs
         self.rng = random.Random(seed)
         self.result = Outcome(seed=seed)
         self.names = Names(POOL)
@@ -102,6 +133,12 @@ class Cluster:
         self.processes: dict[str, Process] = {}
         self.running: dict[str, Dispatcher] = {}
         self._loop = loop
+        loop.set_exception_handler(self._note_failure)
+
+    def _note_failure(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback raised: none may. What a killed process's tasks died of tells nothing."""
+        if "handle" in context:
+            self.result.violations.append(f"{context['message']}: {context.get('exception')!r}")
 
     def note(self, text: str) -> None:
         """Write a line of the trace."""
@@ -113,7 +150,7 @@ class Cluster:
         return f"id{self._ids}"
 
     def _log(self, name: str) -> Log:
-        return Log(process=name)
+        return Log(process=name) if self._logs else _Silent()
 
     def start_dispatcher(self, name: str) -> None:
         """Start a dispatcher process."""
@@ -143,15 +180,7 @@ class Cluster:
         process = self.network.process(f"agent-{node}")
         self.processes[node] = process
         agent = Agent(
-            AgentSettings(
-                pool=POOL,
-                node=node,
-                models=MODEL,
-                max_running=4,
-                heartbeat_ttl_s=2.0,
-                claim_lease_s=4.0,
-                engine_url="http://simulated",
-            ),
+            _agent_settings(node),
             redis=lambda: self.redis.client(process),
             kafka=self.kafka.clients(process),
             engine=ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1),
@@ -218,11 +247,22 @@ class Cluster:
 
 
 def simulate(
-    seed: int, *, scripts: dict[str, str] | None = None, trace: Callable[[str], None] | None = None
+    seed: int,
+    *,
+    scripts: dict[str, str] | None = None,
+    trace: Callable[[str], None] | None = None,
+    logs: bool = False,
 ) -> Outcome:
-    """Run one seed in virtual time."""
+    """Run one seed in virtual time; `logs` lets the processes' own logs through."""
 
     async def main() -> Outcome:
-        return await Cluster(seed, scripts=scripts, trace=trace).run()
+        return await Cluster(seed, scripts=scripts, trace=trace, logs=logs).run()
 
-    return run(main())
+    # A run makes little garbage that only the collector finds, and much for it to look through.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return run(main())
+    finally:
+        if collects:
+            gc.enable()

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dispatcher.backends.scripts import Script
 from dispatcher.protocol import codec
-from dispatcher.protocol.names import JobId, Lane, Names, Ref
+from dispatcher.protocol.names import Lane, Names, Ref
 from tests.support.sim.kafka import SimKafka
 from tests.support.sim.redis import SimRedis
 
@@ -42,10 +42,14 @@ class Expectations:
 
     requests: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
+    refs: dict[str, tuple[str, int, bytes]] = field(default_factory=dict)
+    """Of each ref its lane and partition, its offset, and that as a member of Redis's sets."""
 
     def add(self, ref: str, request: dict[str, Any]) -> None:
         """Note a record."""
         self.requests[ref] = request
+        parsed = Ref.parse(ref)
+        self.refs[ref] = (parsed.source, parsed.offset, str(parsed.offset).encode())
         key = (str(request.get("tenant", "")), str(request["id"]), repr(request.get("body")))
         self.groups.setdefault(key, []).append(ref)
 
@@ -120,7 +124,7 @@ class Invariants:
         keys = int(fields[2])
         arguments = fields[3 + keys :]
         if name in LEADER_SCRIPTS:
-            epoch = self._redis.call("GET", self._names.epoch)
+            epoch = self._redis.value(self._names.epoch)
             if epoch != arguments[0]:
                 self.violate(
                     f"{name} by deposed leader {arguments[0]!r} had an effect; the epoch is {epoch!r}"
@@ -132,7 +136,7 @@ class Invariants:
             self.check_places(f"after {name}")
 
     def _script_name(self, fields: Sequence[bytes]) -> str | None:
-        command = fields[0].upper()
+        command = fields[0]
         if command == b"EVALSHA":
             return self._scripts.get(fields[1])
         if command == b"EVAL":
@@ -140,7 +144,9 @@ class Invariants:
         return None
 
     def _check_incarnation(self, name: str, node_key: str, incarnation: bytes) -> None:
-        current, fenced = self._redis.call("HMGET", node_key, "incarnation", "fenced")
+        stored = self._redis.value(node_key)
+        known = {} if stored is None else stored.getall()
+        current, fenced = known.get(b"incarnation"), known.get(b"fenced")
         if current != incarnation or fenced == incarnation:
             self.violate(f"{name} by superseded incarnation {incarnation!r} of {node_key} had an effect")
 
@@ -161,54 +167,59 @@ class Invariants:
             if ref not in answered:
                 self.violate(f"{when}: {ref} is taken and unanswered but in no place")
 
-    def _places(self) -> Counter[str]:
-        call, names = self._redis.call, self._names
-        found: Counter[str] = Counter()
+    def _jobs(self, node: str) -> tuple[tuple[str, Iterable[bytes]], ...]:
+        value, names = self._redis.value, self._names
+        return (
+            ("queue", value(names.queue_key(node)) or ()),
+            ("intermediate", value(names.intermediate(node)) or ()),
+            ("claimed", value(names.claimed(node)) or ()),
+        )
+
+    def _closing(self) -> list[dict[bytes, bytes]]:
+        entries = self._redis.value(self._names.closing)
+        if entries is None:
+            return []
+        return [dict(zip(f[::2], f[1::2], strict=True)) for f in entries._values_dict.values()]
+
+    def _places(self) -> dict[str, int]:
+        found: dict[str, int] = {}
         for node in self._nodes:
-            for job in (
-                *call("LRANGE", names.queue_key(node), 0, -1),
-                *call("LRANGE", names.intermediate(node), 0, -1),
-                *call("ZRANGE", names.claimed(node), 0, -1),
-            ):
-                found[str(JobId.parse(job.decode()).ref)] += 1
-        for ref in call("ZRANGE", names.pending, 0, -1):
-            found[ref.decode()] += 1
-        for _, fields in call("XRANGE", names.closing, "-", "+"):
-            found[fields[b"ref"].decode()] += 1
+            for _, jobs in self._jobs(node):
+                for job in jobs:
+                    ref = job.rsplit(b"--", 2)[1].decode()
+                    found[ref] = found.get(ref, 0) + 1
+        for member in self._redis.value(self._names.pending) or ():
+            ref = member.decode()
+            found[ref] = found.get(ref, 0) + 1
+        for fields in self._closing():
+            ref = fields[b"ref"].decode()
+            found[ref] = found.get(ref, 0) + 1
         return found
 
     def _where(self, ref: str) -> str:
-        call, names = self._redis.call, self._names
         found = []
         for node in self._nodes:
-            for name, jobs in (
-                ("queue", call("LRANGE", names.queue_key(node), 0, -1)),
-                ("intermediate", call("LRANGE", names.intermediate(node), 0, -1)),
-                ("claimed", call("ZRANGE", names.claimed(node), 0, -1)),
-            ):
+            for name, jobs in self._jobs(node):
                 found += [f"{name} of {node}: {job.decode()}" for job in jobs if f"--{ref}--" in job.decode()]
-        if call("ZSCORE", names.pending, ref) is not None:
+        if ref.encode() in (self._redis.value(self._names.pending) or ()):
             found.append("pending")
         found += [
             f"closing {fields[b'kind'].decode()} {fields[b'job'].decode()}"
-            for _, fields in call("XRANGE", names.closing, "-", "+")
+            for fields in self._closing()
             if fields[b"ref"].decode() == ref
         ]
         return ", ".join(found)
 
     def _taken(self) -> list[str]:
-        marks = {
-            source.decode(): int(low)
-            for source, low in self._redis.call("HGETALL", self._names.marks).items()
-        }
-        above = {
-            source: {int(offset) for offset in self._redis.call("ZRANGE", self._names.above(source), 0, -1)}
-            for source in marks
-        }
+        stored = self._redis.value(self._names.marks)
+        if stored is None:
+            return []
+        marks = {source.decode(): int(low) for source, low in stored.getall().items()}
+        above = {source: self._redis.value(self._names.above(source)) or () for source in marks}
         taken = []
-        for text in self._expectations.requests:
-            ref = Ref.parse(text)
-            if ref.source in marks and (ref.offset < marks[ref.source] or ref.offset in above[ref.source]):
+        for text, (source, offset, member) in self._expectations.refs.items():
+            low = marks.get(source)
+            if low is not None and (offset < low or member in above[source]):
                 taken.append(text)
         return taken
 

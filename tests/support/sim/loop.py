@@ -15,7 +15,7 @@ import heapq
 import itertools
 import selectors
 from asyncio.events import Handle, TimerHandle
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,7 @@ MAX_ITERATIONS_WITHOUT_WAITING = 100_000
 ITERATIONS_AT_ONE_MOMENT = 100
 """After so many, each takes a microsecond: who waits for less than floats can tell would wait for ever."""
 SHUTDOWN_ITERATIONS = 100_000
+RESOLUTION_S = 1e-9
 
 
 class Deadlock(RuntimeError):
@@ -70,21 +71,28 @@ OUTSIDE = Context()
 
 
 class _Held(Handle):
-    def _run(self) -> None:
-        scope = self._context.get(SCOPE)  # type: ignore[attr-defined]
-        if scope is not None and scope.held is not None:
-            scope.held.append(self)
-        else:
-            super()._run()
+    """A callback; asyncio's own handle without what only its debug mode needs."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: VirtualLoop, context: Context | None) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback = self._args = None  # type: ignore[assignment]
 
 
-class _HeldTimer(TimerHandle):
-    def _run(self) -> None:
-        scope = self._context.get(SCOPE)  # type: ignore[attr-defined]
-        if scope is not None and scope.held is not None:
-            scope.held.append(self)
-        else:
-            super()._run()
+class _HeldTimer(_Held, TimerHandle):
+    """A callback of a later moment; `_when` is loop time."""
+
+    __slots__ = ()
 
 
 _order = itertools.count()
@@ -109,14 +117,10 @@ class _Future(asyncio.Future[T]):
 
 
 class _NoFiles(selectors.BaseSelector):
-    """Waits for nothing but time."""
-
-    def __init__(self, waited: Callable[[float | None], None]) -> None:
-        self._waited = waited
+    """There are none."""
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        self._waited(timeout)
-        return []
+        raise RuntimeError("the virtual loop waits for nothing but its own timers")
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         raise RuntimeError(f"real I/O in virtual time: {fileobj!r}; use the simulated network")
@@ -140,8 +144,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._task_names = itertools.count(1)
         global _order
         _order = itertools.count()
-        super().__init__(_NoFiles(self._wait))
-        self._clock_resolution = 1e-9
+        super().__init__(_NoFiles())
+        self._timers: list[tuple[float, int, _HeldTimer]] = []
+        self._timers_made = 0
 
     def time(self) -> float:
         """Seconds since the simulation began."""
@@ -151,7 +156,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Seconds since 1970."""
         return self._start_epoch_s + self._now
 
-    def _wait(self, timeout: float | None) -> None:
+    def _wait(self) -> None:
+        """Let time jump to the next timer when nothing is ready."""
         self._iterations_left -= 1
         self._without_waiting += 1
         if self._iterations_left < 0:
@@ -160,15 +166,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 f"{self._max_iterations} loop iterations at {self._now:.3f} s: expected the simulation to be "
                 f"over; shorten it or raise max_iterations. {self.describe_tasks()}"
             )
-        if timeout is None:
-            raise Deadlock(
-                f"nothing ready and nothing scheduled at {self._now:.3f} s: expected at least one timer; "
-                f"something waits for an event that nobody sends. {self.describe_tasks()}"
-            )
-        if timeout > 0:
-            self._now += timeout
-            self._without_waiting = 0
-            return
+        timers = self._timers
+        if not self._ready and not self._stopping:  # type: ignore[attr-defined]
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if not timers:
+                raise Deadlock(
+                    f"nothing ready and nothing scheduled at {self._now:.3f} s: expected at least one timer; "
+                    f"something waits for an event that nobody sends. {self.describe_tasks()}"
+                )
+            if timers[0][0] > self._now:
+                self._now = timers[0][0]
+                self._without_waiting = 0
+                return
         if self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
             self._now += 1e-6
         if self._without_waiting > MAX_ITERATIONS_WITHOUT_WAITING:
@@ -191,21 +201,59 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Run a handle that was held back."""
         self._ready.append(handle)  # type: ignore[attr-defined]
 
-    # What asyncio's own loop does, with our handles, tasks and futures.
+    # What asyncio's own loop does, with our handles, tasks, futures and timers.
 
-    def _call_soon(self, callback: Any, args: Any, context: Context | None) -> Handle:
+    def _run_once(self) -> None:
+        self._wait()
+        ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
+        end = self._now + RESOLUTION_S
+        while timers and timers[0][0] < end:
+            timer = heapq.heappop(timers)[2]
+            if not timer._cancelled:
+                ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            scope = handle._context.get(SCOPE)
+            if scope is not None and scope.held is not None:
+                scope.held.append(handle)
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.call_exception_handler(
+                    {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
+                )
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> Handle:
+        """Schedule `callback` for the next iteration."""
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
         handle = _Held(callback, args, self, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> TimerHandle:
+        """Schedule `callback` in `delay` seconds."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Schedule `callback` at loop time `when`."""
-        self._check_closed()  # type: ignore[attr-defined]
-        timer = _HeldTimer(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        timer._scheduled = True  # type: ignore[attr-defined]
+        """Schedule `callback` at loop time `when`; those of one moment run in the order they were made."""
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
+        timer = _HeldTimer(callback, args, self, context)
+        timer._when = when  # type: ignore[attr-defined]
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, timer))
         return timer
 
     def create_future(self) -> asyncio.Future[Any]:

@@ -29,14 +29,16 @@ from typing import Any
 
 import redis.asyncio
 from fakeredis import FakeServer
-from fakeredis._commands import SUPPORTED_COMMANDS
-from fakeredis._core import Database
+from fakeredis import _msgs as msgs
+from fakeredis._commands import SUPPORTED_COMMANDS, Key, Signature
+from fakeredis._core import CommandItem, Database
 from fakeredis._core._database import Item
 from fakeredis._helpers import NoResponse, SimpleError
 from fakeredis._socket import FakeSocket
 from fakeredis._socket._resp import convert_to_resp2, extract_command
 from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE, _convert_redis_arg
 from redis.asyncio.client import Pipeline
+from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from dispatcher.backends.connect import REDIS_TIMEOUT_S
@@ -168,7 +170,10 @@ class _Scripts:
             found = self._signatures[command] = (signature.func_name, signature)
         socket = self.socket
         result = socket._run_command(
-            getattr(socket, found[0]), found[1], [_convert_redis_arg(value) for value in arguments], True
+            getattr(socket, found[0]),
+            found[1],
+            [value if type(value) is bytes else _convert_redis_arg(value) for value in arguments],
+            True,
         )
         if result is None:
             return False
@@ -178,6 +183,50 @@ class _Scripts:
 
 
 _scripts = functools.cache(_Scripts)
+
+
+_PLAIN = frozenset((bytes, int, type(None)))
+
+
+class _Missing:
+    """A command's answer where its key does not exist."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+
+def _converted(
+    signature: Signature, arguments: list[bytes], db: Database, version: Any, items: list[CommandItem]
+) -> list[Any] | _Missing:
+    """`Signature.apply`: arguments as the command takes them; its keys' items are added to `items`."""
+    signature.check_arity(arguments, version)
+    kinds, repeat = signature.fixed, signature.repeat
+    fixed = len(kinds)
+    values: list[Any] = list(arguments)
+    keys: list[tuple[int, Any]] = []
+    for index, argument in enumerate(arguments):
+        kind: Any = kinds[index] if index < fixed else repeat[(index - fixed) % len(repeat)]
+        if kind is bytes:
+            continue
+        if type(kind) is Key:
+            if kind.missing_return is not Key.UNSPECIFIED and argument not in db:
+                return _Missing(kind.missing_return)
+            keys.append((index, kind.type_))
+        else:
+            values[index] = kind.decode(argument)
+    for index, wanted in keys:
+        key = arguments[index]
+        item = db.get(key)
+        default = None
+        if wanted is not None:
+            if item is not None:
+                if type(item.value) is not wanted:
+                    raise SimpleError(msgs.WRONGTYPE_MSG)
+            elif wanted is not bytes and msgs.FLAG_DO_NOT_CREATE not in signature.flags:
+                default = wanted()
+        values[index] = command_item = CommandItem(key, db, item, default=default)
+        items.append(command_item)
+    return values
 
 
 class _Socket(FakeSocket):
@@ -203,6 +252,28 @@ class _Socket(FakeSocket):
             except SimpleError as error:
                 result = error
             return result if isinstance(result, _Blocked) else self._decode_result(result)
+
+    def _run_command(self, func: Any, sig: Signature, args: list[bytes], from_script: bool) -> Any:
+        """What fakeredis does for a server like ours: no other protocol, no notifications, nobody watches."""
+        items: list[CommandItem] = []
+        try:
+            if from_script and msgs.FLAG_NO_SCRIPT in sig.flags:
+                raise SimpleError(msgs.COMMAND_IN_SCRIPT_MSG)
+            converted = _converted(sig, args, self._db, self.version, items)
+            if isinstance(converted, _Missing):
+                result = converted.answer
+            else:
+                result = func(*converted)
+                if type(result) not in _PLAIN and msgs.FLAG_SKIP_CONVERT_TO_RESP2 not in sig.flags:
+                    result = convert_to_resp2(result)
+        except SimpleError as error:
+            result = error
+        for item in items:
+            if item._modified or item._expireat_modified:
+                item.writeback(remove_empty_val=msgs.FLAG_LEAVE_EMPTY_VAL not in sig.flags)
+        if self._subkey_events:
+            self._subkey_events = []
+        return result
 
     def _move(self, name: str, arguments: list[bytes]) -> Any:
         # fakeredis answers at once when the source does not exist, so these wait here.
@@ -365,6 +436,13 @@ class SimRedis:
             raise RuntimeError(f"{arguments[0]}: expected a command that does not block; use a client")
         return self._direct.parsed(arguments[0], answer, {})
 
+    def value(self, key: str) -> Any:
+        """What a key holds, in fakeredis's own form, None without it: for invariants, which read much."""
+        database = self._state.dbs[0]
+        database.time = self._network.loop.epoch_s()
+        item = database.get(key.encode())
+        return None if item is None else item.value
+
     # Faults
 
     def restart(self, *, keep_data: bool = True, lose_last_s: float = 0.0, down_s: float = 0.0) -> None:
@@ -515,6 +593,10 @@ def _label(arguments: tuple[Any, ...]) -> str:
     return " ".join(str(part)[:60] for part in (arguments[0], *about))
 
 
+_DRIVER = DriverInfo()
+"""One for all clients: each would read the installed package's version from disk."""
+
+
 class _Client(redis.asyncio.Redis):
     """redis-py's client over the simulated network."""
 
@@ -526,7 +608,7 @@ class _Client(redis.asyncio.Redis):
         timeout_s: float | None = None,
         retries: int = 0,
     ) -> None:
-        super().__init__(protocol=2)
+        super().__init__(protocol=2, driver_info=_DRIVER)
         self._sim = server
         self._process = process
         self._timeout_s = timeout_s
@@ -536,7 +618,16 @@ class _Client(redis.asyncio.Redis):
     def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
         """A command as it goes over the wire."""
         name, *rest = arguments
-        return [*name.encode().split(), *(bytes(self._encode(value)) for value in rest)]
+        fields = name.encode().split()
+        for value in rest:
+            kind = type(value)
+            if kind is bytes:
+                fields.append(value)
+            elif kind is str:
+                fields.append(value.encode())
+            else:
+                fields.append(bytes(self._encode(value)))
+        return fields  # type: ignore[no-any-return]
 
     def parsed(self, name: str | bytes, answer: Any, options: dict[str, Any]) -> Any:
         """An answer as redis-py's methods give it."""
