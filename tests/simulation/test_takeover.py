@@ -32,7 +32,7 @@ async def overdue_s(seed: int) -> float:
     assert cluster.redis.call("GET", cluster.names.epoch) == first, "two led without a fault"
     leader = next(name for name in ("d1", "d2") if cluster.running[name].election.leading)
     cluster.processes[leader].kill()
-    expires_s = current().time() + cluster.redis.call("PTTL", cluster.names.leader) / 1000
+    expires_s: float = current().time() + cluster.redis.call("PTTL", cluster.names.leader) / 1000
     await epoch_after(first)
     taken_s = current().time()
     for process in cluster.processes.values():
