@@ -35,6 +35,8 @@ TRANSACTION_TIMEOUT_MS = 30_000
 START_TIMEOUT_S = 30.0
 READ_ON_MS = 20
 """The client moves past control records only when it gives nothing: short, so that a takeover is too."""
+RETRY_BACKOFF_MS = 20
+"""A takeover finds the old leader's transaction open; the broker says 'try again' while it aborts it."""
 COORDINATOR_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
@@ -87,6 +89,7 @@ class OutcomeLog:
             linger_ms=0,
             max_request_size=32 << 20,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
         )
 
     async def start(self) -> None:
@@ -209,6 +212,7 @@ async def read_outcomes(
         isolation_level="read_committed",
         auto_offset_reset="earliest",
         fetch_max_wait_ms=READ_ON_MS,
+        retry_backoff_ms=RETRY_BACKOFF_MS,
     )
     heads: list[OutcomeHead] = []
     try:
