@@ -59,10 +59,12 @@ class Tls:
 
 @dataclass(frozen=True, kw_only=True)
 class RedisAccess:
-    """How to log in to Redis; a user and password in the address win."""
+    """How to log in to Redis, a user and password in the address win, and to its Sentinels."""
 
     user: str = ""
     password: str = field(default="", repr=False)
+    sentinel_user: str = ""
+    sentinel_password: str = field(default="", repr=False)
     tls: Tls = Tls(of="redis")
 
 
@@ -111,13 +113,18 @@ class KafkaAccess:
 
 
 class AccessSettings(BaseSettings):
-    """Settings that every process has. A base class, so that thirteen fields are not written three times."""
+    """Settings that every process has. A base class, so that sixteen fields are not written three times."""
 
     redis_user: str = Field(default="", description="Redis user, when the address names none")
     redis_password: str = Field(
         default="", repr=False, description="Redis password, when the address has none; not a flag"
     )
     redis_password_file: str = Field(default="", description="file that holds the Redis password")
+    redis_sentinel_user: str = Field(default="", description="user at Sentinels that want a login")
+    redis_sentinel_password: str = Field(
+        default="", repr=False, description="password at Sentinels that want a login; not a flag"
+    )
+    redis_sentinel_password_file: str = Field(default="", description="file that holds that password")
     redis_ca_file: str = Field(
         default="", description="PEM authorities of a rediss:// server; else the system's"
     )
@@ -143,8 +150,15 @@ class AccessSettings(BaseSettings):
             cert_file=self.redis_cert_file,
             key_file=self.redis_key_file,
         )
-        password = _password("redis", self.redis_password, self.redis_password_file)
-        return RedisAccess(user=self.redis_user, password=password, tls=tls)
+        return RedisAccess(
+            user=self.redis_user,
+            password=_password("redis", self.redis_password, self.redis_password_file),
+            sentinel_user=self.redis_sentinel_user,
+            sentinel_password=_password(
+                "redis_sentinel", self.redis_sentinel_password, self.redis_sentinel_password_file
+            ),
+            tls=tls,
+        )
 
     @property
     def kafka_access(self) -> KafkaAccess:

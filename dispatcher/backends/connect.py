@@ -19,9 +19,16 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dispatcher.backends.access import KafkaAccess, RedisAccess
-from dispatcher.backends.addresses import KAFKA_SERVERS, REDIS_URL, is_kafka_servers, is_redis_url, masked
+from dispatcher.backends.addresses import (
+    KAFKA_SERVERS,
+    REDIS_URL,
+    is_kafka_servers,
+    is_redis_url,
+    masked,
+    sentinel_address,
+)
 from dispatcher.backends.lenient_records import read_leniently
-from dispatcher.backends.redis_connection import make_pool
+from dispatcher.backends.redis_connection import make_pool, make_sentinel_pool
 from dispatcher.backends.scripts import Redis
 from dispatcher.errors import LogUnavailable, SettingsError
 from dispatcher.tasks import to_the_end
@@ -44,33 +51,38 @@ def connect_redis(
 ) -> Redis:
     """Make a client; it connects on first use and reconnects by itself.
 
+    With an address of Sentinels each connection first asks them where the primary is.
+
     Raises:
         SettingsError: `url` is none, or a TLS file can't be used; never shows a password.
     """
     wrong = f"redis: expected {REDIS_URL.expected}, seen {masked(url)!r}"
     if not is_redis_url(url):
         raise SettingsError(wrong)
-    tls, login = access.tls, {"username": access.user or None, "password": access.password or None}
-    files: dict[str, str | None] = {}
-    if url.startswith("rediss:"):
+    tls, sentinels = access.tls, sentinel_address(url)
+    common: dict[str, Any] = {
+        "protocol": 2,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 1),
+        "retry_on_error": [],
+    }
+    if url.startswith(("rediss:", "rediss+")):
         tls.context()  # a file that can't be used is told at the start, not at each connection
-        files["ssl_ca_certs"] = tls.ca_file or None
+        common["ssl_ca_certs"] = tls.ca_file or None
         if tls.cert_file:
-            files |= {"ssl_certfile": tls.cert_file, "ssl_keyfile": tls.key_file or None}
+            common |= {"ssl_certfile": tls.cert_file, "ssl_keyfile": tls.key_file or None}
     elif tls.is_set:
         raise SettingsError(f"redis: expected rediss:// with a CA or certificate file, seen {masked(url)!r}")
+    login = {"username": access.user or None, "password": access.password or None}
     try:
-        pool = make_pool(
-            url,
-            **login,
-            **files,
-            protocol=2,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            max_connections=max_connections,
-            retry=Retry(NoBackoff(), 1),
-            retry_on_error=[],
-        )
+        if sentinels is None:
+            pool = make_pool(url, **login, **common, max_connections=max_connections)
+        else:
+            asking = {"username": access.sentinel_user or None, "password": access.sentinel_password or None}
+            pool = make_sentinel_pool(
+                sentinels, login=login, asking=asking, common=common, max_connections=max_connections
+            )
     except ValueError as error:
         raise SettingsError(f"{wrong}: {error}") from None
     return redis.asyncio.Redis.from_pool(pool)

@@ -64,7 +64,10 @@ def translate(error: RedisError, doing: str) -> Exception:
             "one that wants a certificate"
         )
     if isinstance(error, ConnectionError | TimeoutError | ReadOnlyError) or text.startswith(
-        ("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
+        (
+            *("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED"),
+            *("NOREPLICAS", "MISCONF", "BUSY "),
+        )
     ):
         return StoreUnavailable(f"{doing}: Redis did not answer: {text or type(error).__name__}")
     return StoreRefused(f"{doing}: Redis refused: {text}")

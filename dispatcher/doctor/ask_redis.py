@@ -16,6 +16,7 @@ from dispatcher.protocol.names import Names
 from dispatcher.protocol.node import NodeIdentity
 
 CLOCK_LOOKS = 3
+MIN_REPLICAS = "min-replicas-to-write"
 OURS, RQS = "flexlb:{pool}:doctor", "rq:job:{pool}--doctor"
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("DEL", OURS),
@@ -70,7 +71,8 @@ async def ask_redis(client: Redis, names: Names) -> RedisFacts:
         user, denied = await _denied(client, names)
         return RedisFacts(
             info=await _info(client),
-            appendfsync=await _appendfsync(client),
+            appendfsync=await _configured(client, "appendfsync"),
+            min_replicas=int(found) if (found := await _configured(client, MIN_REPLICAS)) else None,
             user=user,
             denied=denied,
             clock=await _clock(client),
@@ -89,13 +91,13 @@ async def _info(client: Redis) -> dict[str, object] | None:
     return info
 
 
-async def _appendfsync(client: Redis) -> str | None:
+async def _configured(client: Redis, name: str) -> str | None:
     # Providers rename CONFIG or refuse it.
     try:
-        found = await client.config_get("appendfsync")
+        found = await client.config_get(name)
     except ResponseError:
         return None
-    return _text(found.get("appendfsync", found.get(b"appendfsync")))
+    return _text(found.get(name, found.get(name.encode())))
 
 
 async def _clock(client: Redis) -> ClockReading | None:

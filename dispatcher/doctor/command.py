@@ -21,6 +21,7 @@ from dispatcher.doctor.facts import Finding, Needs, Status
 from dispatcher.doctor.kafka_findings import kafka_findings
 from dispatcher.doctor.pool_findings import pool_findings
 from dispatcher.doctor.redis_findings import redis_findings
+from dispatcher.doctor.sentinels import ask_sentinels, sentinel_findings
 from dispatcher.errors import LogUnavailable, StoreRefused, StoreUnavailable
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.settings import DispatcherSettings
@@ -108,8 +109,12 @@ async def examine(settings: DispatcherSettings, *, probe: bool = True) -> tuple[
             )
         )
     client = connect_redis(settings.redis, access=settings.redis_access)
+    sentinels = await ask_sentinels(client)
+    min_replicas: int | None = None
     try:
-        findings += redis_findings(await ask_redis(client, names))
+        facts = await ask_redis(client, names)
+        min_replicas = facts.min_replicas
+        findings += redis_findings(facts)
         findings += pool_findings(await ask_pool(client, names), needs)
     except StoreRefused as error:
         findings.append(
@@ -132,6 +137,7 @@ async def examine(settings: DispatcherSettings, *, probe: bool = True) -> tuple[
         )
     finally:
         await client.aclose()
+    findings += sentinel_findings(sentinels, min_replicas=min_replicas)
     return findings, is_reached
 
 

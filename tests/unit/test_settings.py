@@ -10,11 +10,13 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from dispatcher.backends.addresses import (
+    SentinelAddress,
     is_http_url,
     is_kafka_servers,
     is_redis_url,
     is_zeromq_endpoint,
     masked,
+    sentinel_address,
 )
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.effective_settings import print_effective, rows_of
@@ -204,6 +206,7 @@ def test_every_setting_is_described_and_every_number_bounded(kind: type[BaseSett
         ("rediss://:se@cret@host", "rediss://:***@host"),
         ("unix:///run/r.sock?db=0&password=secret&x=1", "unix:///run/r.sock?db=0&password=***&x=1"),
         ("redis://host:1/0", "redis://host:1/0"),
+        ("redis+sentinel://u:secret@a:1,b:2/name/0", "redis+sentinel://u:***@a:1,b:2/name/0"),
         ("a:9092,b:9092", "a:9092,b:9092"),
     ],
 )
@@ -222,6 +225,8 @@ def test_passwords_are_masked(value: str, shown: str) -> None:
                 "rediss://u:p@[::1]:1/3",
                 "unix:///r.sock?db=1",
                 "redis://h/0?x=y",
+                "redis+sentinel://h/name",
+                "rediss+sentinel://u:p@a:1,b,[::1]:2/name/3",
             ],
             [
                 "",
@@ -232,6 +237,12 @@ def test_passwords_are_masked(value: str, shown: str) -> None:
                 "redis://h:0",
                 "redis://h/x",
                 "unix://",
+                "redis+sentinel://h",
+                "redis+sentinel://h:1/name/x",
+                "redis+sentinel://h:99999/name",
+                "redis+sentinel://a,,b/name",
+                "redis+sentinel://u:p@/name",
+                "redis+sentinel://h/name?db=1",
             ],
         ),
         (
@@ -263,6 +274,21 @@ def test_addresses_are_checked_before_anybody_connects(
 ) -> None:
     assert [text for text in right if not fits(text)] == []
     assert [text for text in wrong if fits(text)] == []
+
+
+def test_address_of_sentinels_is_read_whole() -> None:
+    assert sentinel_address("rediss+sentinel://u%40x:p%2Fw@a:1,b,[::1]:2/my%20one/3") == SentinelAddress(
+        sentinels=(("a", 1), ("b", 26379), ("::1", 2)),
+        service="my one",
+        database=3,
+        user="u@x",
+        password="p/w",
+        has_tls=True,
+    )
+    assert sentinel_address("redis+sentinel://:p@a/m") == SentinelAddress(
+        sentinels=(("a", 26379),), service="m", password="p"
+    )
+    assert sentinel_address("redis://a:1/0") is None
 
 
 def test_clients_refuse_an_address_without_showing_its_password() -> None:
