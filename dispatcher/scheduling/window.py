@@ -243,7 +243,8 @@ class Window:
             self._binds_since_batch[model] = self._binds_since_batch.get(model, 0) + 1
 
     def _unpark(self, now_ms: int) -> None:
-        if now_ms < self._unpark_at_ms:
+        # A clock that was set back by more than the pause must not prolong it.
+        if self._unpark_at_ms - PARK_MS <= now_ms < self._unpark_at_ms:
             return
         parked, self._parked = self._parked, []
         self._unpark_at_ms = now_ms + PARK_MS

@@ -18,6 +18,7 @@ from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.retry import MAX_DELAY_S
 from dispatcher.scheduling.scheduler import blocks_of
 from dispatcher.scheduling.window import Waiting, Window
 from dispatcher.telemetry.logging import Log
@@ -75,7 +76,7 @@ class LeaderState:
     work: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     _identity_of: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _delayed: list[tuple[int, str]] = field(default_factory=list)
+    _delayed: list[tuple[float, str]] = field(default_factory=list)
     _delayed_requests: dict[str, Waiting] = field(default_factory=dict)
 
     def enter(self, waiting: Waiting) -> None:
@@ -139,24 +140,29 @@ class LeaderState:
         return self.untold_linger_s
 
     def delay(self, waiting: Waiting, not_before_ms: int) -> None:
-        """Let a pending request wait until `not_before_ms`, then to be bound."""
-        if not_before_ms <= self.clock.now_ms():
+        """Let a pending request wait until `not_before_ms`, then to be bound.
+
+        What is left is counted by the monotonic clock, and never more than the longest delay: a wall clock
+        that is set back would otherwise hold the request for as long.
+        """
+        left_s = min(MAX_DELAY_S, (not_before_ms - self.clock.now_ms()) / 1000)
+        if left_s <= 0:
             self.enter(waiting)
             return
         self._know(waiting.envelope)
         ref = waiting.envelope.ref
         self._delayed_requests[ref] = waiting
-        heapq.heappush(self._delayed, (not_before_ms, ref))
+        heapq.heappush(self._delayed, (self.clock.monotonic() + left_s, ref))
         self.work.set()
 
     def release_due(self) -> float | None:
         """Enter the delayed requests that are due; returns seconds until the next, None when none."""
-        now = self.clock.now_ms()
-        while self._delayed and self._delayed[0][0] <= now:
+        now_s = self.clock.monotonic()
+        while self._delayed and self._delayed[0][0] <= now_s:
             waiting = self._delayed_requests.pop(heapq.heappop(self._delayed)[1], None)
             if waiting is not None:
                 self.enter(waiting)
-        return (self._delayed[0][0] - now) / 1000 if self._delayed else None
+        return self._delayed[0][0] - now_s if self._delayed else None
 
     def delayed(self) -> list[Waiting]:
         """Pending requests whose time has not come."""

@@ -9,7 +9,7 @@ import pytest
 from tests.support.cluster import simulate
 
 SEEDS = 200
-LONG_SEEDS = 5000
+LONG_SEEDS = 10_000
 BATCH = 10
 
 
@@ -21,6 +21,18 @@ def test_nothing_is_lost_and_answered_once(first: int) -> None:
         assert not result.violations, result.explain()
         resumed_tokens += result.resumed_tokens
     assert resumed_tokens, "no attempt went on from where another ended"
+
+
+@pytest.mark.parametrize("seed", [3, 11])
+def test_a_seed_takes_the_same_steps_again(seed: int) -> None:
+    def steps() -> list[str]:
+        lines: list[str] = []
+        simulate(seed, trace=lines.append)
+        return lines
+
+    first = steps()
+    assert len(first) > 1000
+    assert first == steps()
 
 
 @pytest.mark.long

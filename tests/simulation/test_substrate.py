@@ -231,6 +231,62 @@ async def test_what_a_process_died_of_is_kept() -> None:
 
 
 @simulate
+async def test_what_is_held_up_between_two_arrives_when_the_cut_is_over_and_concerns_nobody_else() -> None:
+    world = World()
+    other = world.client(world.network.process("other"))
+    world.network.cut("one", "redis", 10.0, refuses=False)
+    sent = asyncio.create_task(error_of(world.client(timeout_s=2.0, retries=0).incr("n")))
+    await other.incr("n")
+    assert isinstance(await sent, TimeoutError)
+    assert loop.monotonic() == pytest.approx(2.0, abs=0.1)
+    assert world.redis.call("GET", "n") == b"1"
+    await asyncio.sleep(9.0)
+    assert world.redis.call("GET", "n") == b"2"
+    assert await world.client().incr("n") == 3
+
+
+@simulate
+async def test_an_answer_is_held_up_too() -> None:
+    world = World()
+    sent = asyncio.create_task(world.client().blpop("list"))
+    await asyncio.sleep(1.0)
+    world.network.cut("one", "redis", 5.0, refuses=False)
+    world.redis.call("RPUSH", "list", "x")
+    assert await sent == (b"list", b"x")
+    assert 5.9 < loop.monotonic() < 6.5
+
+
+@simulate
+async def test_a_cut_may_refuse_at_once() -> None:
+    world = World()
+    world.network.cut("one", "redis", 3.0, refuses=True)
+    assert isinstance(await error_of(world.client(retries=0).incr("n")), ConnectionError)
+    assert world.redis.call("GET", "n") is None
+    await asyncio.sleep(3.0)
+    assert await world.client().incr("n") == 1
+
+
+@simulate
+async def test_a_slow_network_is_slow_for_a_while() -> None:
+    world = World()
+    world.network.lag(0.4, 2.0)
+    await world.client().ping()
+    assert 0.2 <= loop.monotonic() <= 0.8
+    await asyncio.sleep(2.0)
+    before_s = loop.monotonic()
+    await world.client().ping()
+    assert loop.monotonic() - before_s < 0.11
+
+
+@simulate
+async def test_a_wall_clock_may_jump() -> None:
+    process = World().process
+    before_ms = process.clock.now_ms()
+    process.clock_skew_s -= 3600.0
+    assert (process.clock.now_ms() - before_ms, process.clock.monotonic()) == (-3_600_000, 0.0)
+
+
+@simulate
 async def test_each_process_may_have_a_clock_of_its_own() -> None:
     world = World()
     late = world.network.process("late", clock_skew_s=-5.0)

@@ -1,4 +1,4 @@
-"""A whole cluster in virtual time: two dispatchers, two agents, their engines, Redis, Kafka, clients.
+"""A whole cluster in virtual time: dispatchers, agents, their engines, Redis, Kafka, clients, operators.
 
 Everything but the engines and the servers is production code, the Lua included. A seed decides the
 workload, the network and the faults. `tests/support/invariants.py` watches every effect at the servers.
@@ -34,8 +34,8 @@ from workers_agent.app import Agent
 from workers_agent.settings import AgentSettings
 
 POOL = "sim"
-DISPATCHERS = ("d1", "d2")
-NODES = ("n1", "n2")
+DISPATCHERS = ("d1", "d2", "d3")
+NODES = ("n1", "n2", "n3", "n4")
 SETTLE_S = 60.0
 PARTITIONS = 2
 
@@ -58,6 +58,7 @@ def _agent_settings(node: str) -> AgentSettings:
         max_running=4,
         heartbeat_ttl_s=2.0,
         claim_lease_s=4.0,
+        drain_grace_s=3.0,
         engine_url="http://simulated",
     )
 
@@ -107,8 +108,8 @@ class Cluster:
         self.rng = random.Random(seed)
         self.result = Outcome(seed=seed)
         self.names = Names(POOL)
-        self.dispatchers: Sequence[str] = DISPATCHERS
-        self.nodes: Sequence[str] = NODES
+        self.dispatchers: Sequence[str] = DISPATCHERS[: self.rng.choice([2, 2, 3])]
+        self.nodes: Sequence[str] = NODES[: self.rng.choice([2, 2, 3, 4])]
         self._scripts = scripts or {}
         loop = current()
         profile = CALM if self.rng.random() < 0.3 else ROUGH
@@ -132,6 +133,9 @@ class Cluster:
         self._ids = 0
         self.processes: dict[str, Process] = {}
         self.running: dict[str, Dispatcher] = {}
+        self.engines: dict[str, ScriptedEngine] = {}
+        self._dispatching: dict[str, asyncio.Task[None]] = {}
+        self._stops: dict[str, asyncio.Event] = {}
         self._loop = loop
         loop.set_exception_handler(self._note_failure)
 
@@ -168,7 +172,15 @@ class Cluster:
             scripts=self._scripts,
         )
         self.running[name] = dispatcher
-        process.spawn(dispatcher.run(), name=name)
+        self._dispatching[name] = process.spawn(dispatcher.run(), name=name)
+
+    def stop_dispatcher(self, name: str) -> None:
+        """SIGTERM to a dispatcher: its work is cancelled."""
+        self._dispatching[name].cancel()
+
+    def stop_agent(self, node: str) -> None:
+        """SIGTERM to an agent: it drains."""
+        self._stops[node].set()
 
     def _registry(self) -> CollectorRegistry:
         registry = CollectorRegistry()
@@ -179,18 +191,21 @@ class Cluster:
         """Start an agent process with its engine."""
         process = self.network.process(f"agent-{node}")
         self.processes[node] = process
+        engine = ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1)
+        self.engines[node] = engine
+        self._stops[node] = asyncio.Event()
         agent = Agent(
             _agent_settings(node),
             redis=lambda: self.redis.client(process),
             kafka=self.kafka.clients(process),
-            engine=ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1),
+            engine=engine,
             clock=process.clock,
             new_id=self._new_id,
             registry=self._registry(),
             log=self._log(node),
             scripts=self._scripts,
         )
-        process.spawn(agent.run(asyncio.Event()), name=node)
+        process.spawn(agent.run(self._stops[node]), name=node)
 
     # The run
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
+from tests.support.sim.loop import current
 from workers_agent.engines.engine import EngineFailure, Piece
 from workers_agent.engines.engine_load import EngineLoad
 
@@ -23,17 +24,33 @@ def answer_of(request_id: str, tokens: int) -> str:
 
 
 class ScriptedEngine:
-    """Generates `answer_of` the request, at a seeded pace, and fails now and then."""
+    """Generates `answer_of` the request, at a seeded pace, fails now and then, and can be crashed."""
 
     def __init__(self, rng: random.Random, *, failure_share: float) -> None:
         self._rng = rng
         self._failure_share = failure_share
         self.runs: list[str] = []
+        self._down_until_s = 0.0
+        self._crashes = 0
+
+    def crash(self, seconds: float) -> None:
+        """Fail what runs, and refuse for `seconds`."""
+        self._down_until_s = current().time() + seconds
+        self._crashes += 1
+
+    def _check(self, crashes: int) -> None:
+        if crashes != self._crashes or not self._is_up():
+            raise EngineFailure(FailureCause.CONNECT, "the simulated engine crashed")
+
+    def _is_up(self) -> bool:
+        return current().time() >= self._down_until_s
 
     async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
         """Run one request."""
         rng = self._rng
         self.runs.append(work.ref)
+        crashes = self._crashes
+        self._check(crashes)
         asked = json.loads(body)
         first, prompt = 0, asked["prompt"]
         if isinstance(prompt, list):
@@ -50,6 +67,7 @@ class ScriptedEngine:
                 causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]
                 raise EngineFailure(rng.choice(causes), "the simulated engine failed")
             await asyncio.sleep(step_s)
+            self._check(crashes)
             delta = ChoiceDelta(text=f"{work.id}.{number} ", token_ids=(number,))
             yield Piece(choices=(delta,), tokens=1)
         usage = Usage(prompt_tokens=len(PROMPT_IDS) + first, completion_tokens=tokens - first)
@@ -65,15 +83,15 @@ class ScriptedEngine:
 
     async def is_alive(self) -> bool:
         """Whether it answers."""
-        return True
+        return self._is_up()
 
     async def load(self) -> EngineLoad | None:
         """It tells nothing of itself."""
-        return EngineLoad()
+        return EngineLoad() if self._is_up() else None
 
     async def probe(self, model: str) -> bool:
         """Whether a token comes through."""
-        return True
+        return self._is_up()
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -13,7 +13,7 @@ from tests.support.scripted_engine import MOST_TOKENS
 from tests.support.sim.kafka import SimKafka
 
 MODEL = "m"
-REQUESTS = 30
+REQUESTS = (8, 16, 30)
 APPEND_WINDOW_S = 6.0
 
 
@@ -45,8 +45,9 @@ class Workload:
     async def submit_all(self) -> None:
         """The clients' work over the append window."""
         rng = self.rng
-        for number in range(REQUESTS):
-            await asyncio.sleep(rng.expovariate(REQUESTS / APPEND_WINDOW_S))
+        requests = rng.choice(REQUESTS)
+        for number in range(requests):
+            await asyncio.sleep(rng.expovariate(requests / APPEND_WINDOW_S))
             request: dict[str, object] = {
                 "id": f"r{number}",
                 "model": MODEL,

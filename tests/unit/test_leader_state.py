@@ -1,4 +1,4 @@
-"""What a leader expects of caches after a request ended, by who will tell of it."""
+"""What a leader keeps in memory: what it expects of caches after a request ended, and delayed retries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dispatcher.protocol.names import Attempt, JobId, Names, Ref
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.retry import MAX_DELAY_S
 from dispatcher.scheduling.scheduler import blocks_of
+from dispatcher.scheduling.window import Waiting
 from dispatcher.services.state import EVENTS_S, Bound, LeaderState
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
@@ -59,3 +61,40 @@ def test_blocks_are_expected_until_events_tell_or_for_long(
 
     assert held_after(expected_s - 0.1)
     assert not held_after(expected_s + 0.1)
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, -1.0, 0.0, 3600.0], ids=["hour back", "back", "none", "hour on"])
+def test_a_retry_waits_no_longer_when_the_wall_clock_is_set(step_s: float) -> None:
+    now_s, wall_s = NOW_S, 1_790_000_000.0
+    clock = Clock(monotonic=lambda: now_s, epoch_s=lambda: wall_s)
+    state = LeaderState(
+        names=Names(),
+        fleet=Fleet(),
+        index=PrefixIndex(),
+        clock=clock,
+        rng=random.Random(0),
+        metrics=DispatcherMetrics(CollectorRegistry()),
+        log=Log(),
+    )
+    envelope = Envelope(ref=str(REF), id="r", model="m")
+    state.delay(Waiting(ref=REF, envelope=envelope, from_pending=True), clock.now_ms() + 2_000)
+    wall_s += step_s
+    assert state.release_due() == pytest.approx(2.0)
+    now_s += 2.001
+    assert state.release_due() is None
+    assert len(state.window) == 1
+
+
+def test_a_retry_noted_by_a_leader_whose_clock_was_ahead_waits_the_longest_delay_at_most() -> None:
+    state = LeaderState(
+        names=Names(),
+        fleet=Fleet(),
+        index=PrefixIndex(),
+        clock=Clock(monotonic=lambda: NOW_S, epoch_s=lambda: 1_790_000_000.0),
+        rng=random.Random(0),
+        metrics=DispatcherMetrics(CollectorRegistry()),
+        log=Log(),
+    )
+    envelope = Envelope(ref=str(REF), id="r", model="m")
+    state.delay(Waiting(ref=REF, envelope=envelope, from_pending=True), 1_790_000_000_000 + 3_600_000)
+    assert state.release_due() == pytest.approx(MAX_DELAY_S)

@@ -276,6 +276,14 @@ def test_heads_that_fit_no_node_hold_up_nobody_and_keep_their_order() -> None:
     assert bench.bind_all() == list(range(count))
 
 
+def test_a_clock_set_back_does_not_keep_what_was_put_aside() -> None:
+    bench = Bench(fleet_of(node("small", max_model_len=1_000)), [waiting(1, prompt_tokens=5_000)])
+    assert bench.bind_all() == []
+    bench.fleet = fleet_of(node("large", max_model_len=10_000))
+    bench.now_ms -= 3_600_000
+    assert bench.bind_all() == [1]
+
+
 def test_more_heads_that_fit_no_node_are_put_aside_round_by_round() -> None:
     big = [waiting(n, priority=90, prompt_tokens=5_000) for n in range(3 * MOST_PARKED)]
     bench = Bench(fleet_of(node(max_model_len=1_000)), [*big, waiting(9_999)])

@@ -3,8 +3,8 @@
 A client's call is: request on its way -> one atomic effect at the server -> answer on its way. The
 request and the answer travel outside the process: what it sent before it froze still takes effect,
 and the answer waits for it to wake. Calls to servers of one name may be delayed, reordered (each has a
-connection of its own), cut before or after the effect, refused while the server is down, and kept
-while it is frozen.
+connection of its own), cut before or after the effect, refused while the server is down, kept
+while it is frozen, and held up or refused where the network between one process and one server is cut.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Process:
         self.is_alive = True
         self.failures: list[BaseException] = []
         """What its spawned tasks died of; empty for a healthy program."""
-        self.clock = Clock(monotonic=loop.time, epoch_s=lambda: loop.epoch_s() + clock_skew_s)
+        self.clock_skew_s = clock_skew_s
+        """By how much its wall clock is ahead; may jump while it runs."""
+        self.clock = Clock(monotonic=loop.time, epoch_s=lambda: loop.epoch_s() + self.clock_skew_s)
         self._loop = loop
         self._scope = Scope()
         self._awake = asyncio.Event()
@@ -136,6 +138,12 @@ class Process:
         self._frozen.close()
         self._awake.set()
         self._scope.release(self._loop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    until_s: float
+    refuses: bool
 
 
 class Server:
@@ -217,12 +225,26 @@ class Call:
 
     def arrive(self) -> None:
         """The request reaches the server."""
+        cut = self.network.cut_of(self)
         if not self.process.is_alive and not self.network.survives_kill():
             self.network.note(self, "lost with its sender")
+        elif cut is not None:
+            self._stopped(cut, self.arrive)
         elif self.loses_request:
             self.break_off(f"{self.server.name}: connection cut")
         else:
             self.server.when_running(self._take_effect)
+
+    def _stopped(self, cut: _Cut, step: Callable[..., None], *arguments: Any) -> None:
+        """The network is cut: connections break, or the bytes are sent again until they get through."""
+        if cut.refuses:
+            self._finish(None, self.server.refused(f"{self.server.name}: no route"))
+            if self._wait is not None:
+                self._wait.cancel()
+            return
+        self.network.note(self, "held up")
+        delay_s = cut.until_s - self.network.loop.time() + self.network.delay_s()
+        self.network.loop.call_later(delay_s, step, *arguments, context=OUTSIDE)
 
     def _take_effect(self) -> None:
         if not self.server.is_up or self.incarnation != self.server.incarnation:
@@ -264,6 +286,10 @@ class Call:
     def _finish(self, result: Any, error: BaseException | None) -> None:
         if self.answer.done():
             return
+        cut = self.network.cut_of(self)
+        if cut is not None and not cut.refuses:
+            self._stopped(cut, self._finish, result, error)
+            return
         self.network.note(self, "answer" if error is None else f"error {error}")
         if error is None:
             self.answer.set_result(result)
@@ -299,6 +325,34 @@ class Network:
         self.loop = loop
         self.profile = profile
         self._trace = trace
+        self._cuts: dict[tuple[str, str], _Cut] = {}
+        self._lag_until_s = 0.0
+        self._lag_s = 0.0
+
+    def cut(self, process: str, server: str, seconds: float, *, refuses: bool) -> None:
+        """Let nothing pass between one process and one server; everything else goes on.
+
+        Args:
+            process, server: by name; a process that is started again under the name is cut off too.
+            refuses: connections break at once; else what is sent arrives when the cut is over, its sender
+                perhaps having given up and sent it again.
+        """
+        self._cuts[process, server] = _Cut(until_s=self.loop.time() + seconds, refuses=refuses)
+
+    def cut_of(self, call: Call) -> _Cut | None:
+        """What keeps this call's messages from passing now."""
+        if not self._cuts:
+            return None
+        key = call.process.name, call.server.name
+        cut = self._cuts.get(key)
+        if cut is not None and cut.until_s <= self.loop.time():
+            del self._cuts[key]
+            return None
+        return cut
+
+    def lag(self, lag_s: float, seconds: float) -> None:
+        """Have every message take up to `lag_s` longer for a while."""
+        self._lag_s, self._lag_until_s = lag_s, self.loop.time() + seconds
 
     def process(self, name: str, *, clock_skew_s: float = 0.0) -> Process:
         """A new process."""
@@ -349,6 +403,8 @@ class Network:
     def delay_s(self) -> float:
         """How long one message takes."""
         rng, profile = self.rng, self.profile
+        if self._lag_until_s and self.loop.time() < self._lag_until_s:
+            return rng.uniform(self._lag_s / 4, self._lag_s)
         draw = rng.random()
         if draw < profile.stall_share:
             return profile.stall_s
