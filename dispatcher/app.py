@@ -22,7 +22,9 @@ from dispatcher.backends.store_view import StoreView
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.scheduling.breaker import BreakerState
+from dispatcher.scheduling.delayed import Delayed
 from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.retry_budget import RetryBudget
 from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
@@ -150,6 +152,7 @@ class Dispatcher:
             names=names,
             fleet=self.mirror.fleet,
             index=self.index,
+            retries=Delayed(RetryBudget(share=settings.retry_share, floor_per_s=settings.retry_floor_rate)),
             untold_linger_s=settings.own_assignment_ttl_s,
             clock=self._clock,
             rng=self._rng,

@@ -88,6 +88,12 @@ class DispatcherSettings(AccessSettings):
     unknown_model_grace_s: float = Field(
         default=5.0, ge=0, le=3600, description="wait before a model that no node serves is refused, seconds"
     )
+    retry_share: float = Field(
+        default=0.2, ge=0, le=10, description="retries allowed per request bound for the first time"
+    )
+    retry_floor_rate: float = Field(
+        default=10, ge=0.1, le=100_000, description="retries allowed whatever is bound, per second"
+    )
     topic_partitions: int = Field(
         default=4, ge=1, le=1000, description="partitions of topics that `init` creates"
     )

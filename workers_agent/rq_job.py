@@ -48,7 +48,9 @@ RECORD_S = 60
 """How long RQ keeps its record of a job that ended."""
 FOREIGN_RECORD_S = 86_400
 """As above for a job that is in other hands: its hash is theirs, and RQ is about to let it expire."""
-NOT_RUN = "not run: the job is not this worker's any more"
+NOT_RUN = (
+    "not run: the job is not this worker's any more; for a request that ended use 'flexlb dead requeue REF'"
+)
 
 
 class AttemptFailed(FlexLBError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -17,6 +18,7 @@ from dispatcher.backends.scripts import Argument, ScriptRunner, translate
 from dispatcher.errors import GenerationLost
 from dispatcher.protocol.names import JobId, Names, Ref
 
+NO_ERRORS: Mapping[str, str] = MappingProxyType({})
 IDENTITY_WINDOW_MS = 600_000
 """How long (tenant, id) is remembered."""
 
@@ -55,7 +57,11 @@ class CloseItem:
 
 @dataclass(frozen=True, kw_only=True)
 class RetryItem:
-    """A failed or released attempt that goes back to pending; `attempt` is it, encoded, for a dead letter."""
+    """A failed or released attempt that goes back to pending.
+
+    `attempt` is it, encoded, for a dead letter; `error` is what RQ's failed registry
+    shows of it, '' for nothing.
+    """
 
     entry: bytes
     job: JobId
@@ -63,7 +69,9 @@ class RetryItem:
     failures: int
     excluded: tuple[str, ...]
     cause: str
+    crashed: tuple[str, ...] = ()
     attempt: bytes = b""
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +205,10 @@ class LeaderStore:
         )
         return [Ref.parse(ref.decode()) for ref in refs] if state == b"ok" else None
 
-    async def retry(self, items: Sequence[RetryItem]) -> list[str]:
+    async def retry(self, items: Sequence[RetryItem], *, now_iso: str = "") -> list[str]:
         """Put failed attempts back to pending; answers as in retry.lua."""
         names = self.names
-        arguments: list[Argument] = [names.prefix, len(items)]
+        arguments: list[Argument] = [names.prefix, now_iso, len(items)]
         for item in items:
             arguments += (
                 item.entry,
@@ -209,20 +217,33 @@ class LeaderStore:
                 item.not_before_ms,
                 item.failures,
                 ",".join(item.excluded),
+                ",".join(item.crashed),
                 item.cause,
                 item.attempt,
+                item.error,
             )
         answers = await self._run_counted("retry", (names.pending, names.closing), arguments)
         return [answer.decode() for answer in answers]
 
-    async def settle(self, positions: Mapping[int, int], entries: Sequence[tuple[bytes, str]]) -> None:
-        """Drop published closing entries (entry id, job id to delete or '')."""
+    async def settle(
+        self,
+        positions: Mapping[int, int],
+        entries: Sequence[tuple[bytes, str]],
+        *,
+        errors: Mapping[str, str] = NO_ERRORS,
+        now_iso: str = "",
+    ) -> None:
+        """Drop published closing entries (entry id, job id to delete or '').
+
+        Args:
+            errors: what RQ's failed registry shall show, by job id.
+        """
         names = self.names
-        arguments: list[Argument] = [len(positions)]
+        arguments: list[Argument] = [now_iso, len(positions)]
         for partition, offset in positions.items():
             arguments += (partition, offset)
         for entry, job in entries:
-            arguments += (entry, job)
+            arguments += (entry, job, errors.get(job, ""))
         await self._run_counted("settle", (names.closing, names.settled), arguments)
 
     async def admit(self, node: str) -> None:

@@ -33,7 +33,8 @@ class StreamEntry:
 class StoredJob:
     """A request in one of Redis's places. `node` is '' for pending ones.
 
-    `number` is its assignment number at the node; `hit_tokens` what was expected cached there.
+    `number` is its assignment number at the node; `hit_tokens` what was expected cached there; `crashed` the
+    nodes whose engines died under it; `cause` why its last attempt ended, '' when it had none.
     """
 
     job: str
@@ -46,6 +47,8 @@ class StoredJob:
     not_before_ms: int = 0
     number: int = 0
     hit_tokens: int = 0
+    crashed: tuple[str, ...] = ()
+    cause: str = ""
 
 
 @dataclass(kw_only=True)
@@ -303,7 +306,7 @@ class StoreView:
             return []
         pipe = self._client.pipeline(transaction=False)
         for key in keys:
-            pipe.hmget(key, ["ref", "envelope", "failures", "excluded", "seq", "hit"])
+            pipe.hmget(key, ["ref", "envelope", "failures", "excluded", "seq", "hit", "crashed", "cause"])
         answer: list[list[bytes | None]] = await self._ask(pipe.execute(), "jobs")
         return answer
 
@@ -316,7 +319,7 @@ def _wish(text: str) -> Wish:
 def _stored_job(
     job: str, node: str, fields: list[Any], *, claimed: bool, not_before_ms: int = 0
 ) -> StoredJob:
-    ref, envelope, failures, excluded, number, hit = fields
+    ref, envelope, failures, excluded, number, hit, crashed, cause = fields
     return StoredJob(
         job=job,
         node=node,
@@ -324,8 +327,14 @@ def _stored_job(
         claimed=claimed,
         envelope=envelope or b"",
         failures=int(failures or 0),
-        excluded=tuple(name for name in (excluded or b"").decode().split(",") if name),
+        excluded=_names(excluded),
         not_before_ms=not_before_ms,
         number=int(number or 0),
         hit_tokens=int(hit or 0),
+        crashed=_names(crashed),
+        cause=(cause or b"").decode(),
     )
+
+
+def _names(text: bytes | None) -> tuple[str, ...]:
+    return tuple(name for name in (text or b"").decode().split(",") if name)

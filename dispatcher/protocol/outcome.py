@@ -46,6 +46,7 @@ class Reason(StrEnum):
     # Failed: the engine could not do it
     ENGINE_REFUSED = "engine_refused"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    POISON = "poison"
     # Cancelled
     CLIENT_CANCELLED = "client_cancelled"
 
@@ -141,13 +142,14 @@ class OutcomeHead(Struct, frozen=True, kw_only=True):
 
 
 class FailedAttempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One attempt that ended without an outcome."""
+    """One attempt that ended without an outcome. `crash`: its engine died while it was running there."""
 
     attempt: str
     node: str
     cause: FailureCause
     message: str = ""
     http_status: int = 0
+    crash: bool = False
 
 
 class DeadLetter(Struct, frozen=True, kw_only=True, omit_defaults=True):

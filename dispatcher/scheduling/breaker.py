@@ -8,7 +8,7 @@ opens it for twice as long. Only failures of the engine count; refused requests 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dispatcher.protocol.outcome import FailureCause
@@ -37,13 +37,23 @@ class BreakerState(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class Breaker:
-    """One node's. `probe` is the request that it is tried with while half open."""
+    """One node's. `probe` is the request that it is tried with while half open.
+
+    `failed_requests` holds two of the requests that failed since it last answered one: enough to tell whether
+    it was one request alone.
+    """
 
     state: BreakerState = BreakerState.CLOSED
     failures: int = 0
     until_s: float = 0.0
     probation_s: float = 0.0
     probe: str = ""
+    failed_requests: set[str] = field(default_factory=set)
+
+    @property
+    def is_ailing(self) -> bool:
+        """Whether it fails whatever it gets, and not one request alone."""
+        return self.state is not BreakerState.CLOSED and len(self.failed_requests) > 1
 
     @property
     def admits(self) -> bool:
@@ -60,9 +70,11 @@ class Breaker:
         if self.probe == ref:
             self.probe = ""
 
-    def failed(self, now_s: float, rng: random.Random) -> bool:
-        """Note an engine failure; whether the breaker opened by it."""
+    def failed(self, ref: str, now_s: float, rng: random.Random) -> bool:
+        """Note an engine failure of a request; whether the breaker opened by it."""
         self.failures += 1
+        if len(self.failed_requests) < 2:
+            self.failed_requests.add(ref)
         if self.state is BreakerState.OPEN:
             return False
         if self.state is BreakerState.CLOSED and self.failures < FAILURES:
@@ -76,6 +88,7 @@ class Breaker:
         """Note an answer, also one that was bound before the breaker opened; whether it closed by it."""
         was_closed = self.state is BreakerState.CLOSED
         self.state, self.failures, self.probation_s, self.probe = BreakerState.CLOSED, 0, 0.0, ""
+        self.failed_requests.clear()
         return not was_closed
 
     def tick(self, now_s: float) -> bool:

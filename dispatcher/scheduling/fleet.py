@@ -37,7 +37,8 @@ class _Unseen:
 
 @dataclass(kw_only=True)
 class NodeState:
-    """One node. `held` maps refs to the tokens they cost here.
+    """One node. `held` maps refs to the tokens they cost here; `suspect` is one of them under which an
+    engine died before.
 
     It is bound to only once the leader has entered it into the shared sets (`admitted`): a new leader
     finds the work of exactly those.
@@ -55,6 +56,7 @@ class NodeState:
     unseen_tokens: int = 0
     predictor: Predictor = field(default_factory=Predictor)
     breaker: Breaker = field(default_factory=Breaker)
+    suspect: str = ""
     feedback_s: float = 0.02
     service_s: float = FIRST_SERVICE_S
     chosen: int = 0
@@ -137,12 +139,13 @@ class NodeState:
         """Forget what an earlier leader's session counted."""
         self.held, self.held_tokens, self.admitted = {}, 0, False
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
-        self.breaker.probe = ""
+        self.breaker.probe = self.suspect = ""
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
         self.held, self.held_tokens, self._since = known.held, known.held_tokens, known._since
         self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
+        self.suspect = known.suspect
         self.predictor, self.service_s = known.predictor, known.service_s
         self.breaker = known.breaker
         self.breaker.renewed()
@@ -166,6 +169,8 @@ class NodeState:
         self.held_tokens -= self.held.pop(ref)
         self.service_s += 0.1 * (max(0.0, now_s - self._since.pop(ref)) - self.service_s)
         self.breaker.released(ref)
+        if self.suspect == ref:
+            self.suspect = ""
         self._see(ref)
 
     def note_number(self, ref: str, number: int) -> None:
@@ -231,16 +236,20 @@ class Fleet:
         uncached_tokens: int = 0,
         number: int = 0,
         now_s: float = 0.0,
+        is_suspect: bool = False,
     ) -> None:
         """Count a request on a node: selecting and reserving are one step.
 
         Args:
             uncached_tokens: prompt tokens it has to compute there, until a report covers it; 0 when one did.
             number: its assignment number, 0 while it has none.
+            is_suspect: no other suspect is bound there until it is released.
         """
         node = self.nodes.get(name)
         if node is not None:
             node.reserve(ref, cost_tokens, uncached_tokens, number, now_s)
+            if is_suspect:
+                node.suspect = ref
 
     def note_number(self, name: str, ref: str, number: int) -> None:
         """Note an assignment's number once the script has given it one."""

@@ -134,12 +134,17 @@ class Scheduler:
         self._rng = rng
         self._healthy_s = healthy_s
         self._turn = 0
+        self._chooses_for_suspect = False
 
-    def choose(self, envelope: Envelope, excluded: tuple[str, ...], planned: Planned) -> Choice | None:
+    def choose(
+        self, envelope: Envelope, excluded: tuple[str, ...], planned: Planned, *, is_suspect: bool = False
+    ) -> Choice | None:
         """The best node for `envelope`; None when no eligible node could ever take it.
 
-        An excluded node (one that already failed this request) is used only when no other is eligible.
+        An excluded node (one that already failed this request) is used only when no other is eligible. A
+        suspect gets a node without another suspect or none, so that a second crash convicts one request.
         """
+        self._chooses_for_suspect = is_suspect
         return self._policy(self, envelope, excluded, planned)
 
     def has_room(self, model: str) -> bool:
@@ -197,6 +202,8 @@ class Scheduler:
         if not nodes and not envelope.tokens_exact:
             # By its estimated length it fits nowhere: the engine counts, and says so if it is true.
             nodes = [node for node in serving if _serves(node, envelope)]
+        if self._chooses_for_suspect:
+            nodes = [node for node in nodes if not node.suspect]
         if excluded:
             return [node for node in nodes if node.name not in excluded] or nodes
         return nodes
@@ -206,7 +213,7 @@ class Scheduler:
     ) -> list[NodeState]:
         """The nodes worth a prediction: all of a small fleet; of a large one holders and random others."""
         serving = self.fleet.serving(envelope.model)
-        if len(serving) <= ALL_LOOKED_AT:
+        if len(serving) <= ALL_LOOKED_AT or self._chooses_for_suspect:
             return self.eligible(envelope, excluded)
         chosen: dict[str, NodeState] = {}
         for name in self.index.holders(matches, MOST_HOLDERS, self._rng):

@@ -37,7 +37,10 @@ ENVELOPE_OVERHEAD_BYTES = 600
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A request in the window. `data` is empty when Redis keeps it (pending)."""
+    """A request in the window. `data` is empty when Redis keeps it (pending).
+
+    `crashed` names the nodes whose engines died under it: with any, it is a suspect.
+    """
 
     ref: Ref
     envelope: Envelope
@@ -45,6 +48,7 @@ class Waiting:
     from_pending: bool = False
     failures: int = 0
     excluded: tuple[str, ...] = ()
+    crashed: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -268,7 +272,12 @@ class Window:
         while len(passed) < look_past and parked < MOST_PARKED and self._head(key) is not None:
             order = heapq.heappop(self._queues[key])
             waiting = self._waiting[order[5]]
-            choice = scheduler.choose(waiting.envelope, waiting.excluded, round.planned)
+            choice = scheduler.choose(
+                waiting.envelope,
+                waiting.excluded,
+                round.planned,
+                is_suspect=bool(waiting.crashed),
+            )
             if choice is None:
                 self._parked.append((key, order))
                 parked += 1

@@ -74,6 +74,7 @@ class Dispatch:
             job=JobId(self._state.names.pool, node, waiting.ref, Attempt(self._store.lease.epoch, n)),
             failures=waiting.failures,
             excluded=waiting.excluded,
+            crashed=waiting.crashed,
             hit_tokens=choice.hit_tokens,
         )
 
@@ -115,6 +116,7 @@ class Dispatch:
         if answer in {"ok", "already"}:
             if not waiting.from_pending:
                 state.progress_of(waiting.ref).take(waiting.ref.offset)
+                state.retries.budget.bound(state.clock.monotonic())
             state.metrics.assigned.inc()
             waited_ms = max(0, now_ms - waiting.envelope.appended_ms)
             state.metrics.wait_s.observe(waited_ms / 1000)

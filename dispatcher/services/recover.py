@@ -19,6 +19,7 @@ from dispatcher.protocol import codec
 from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import FailureCause, OutcomeHead, Reason
 from dispatcher.scheduling.progress import SourceProgress
+from dispatcher.scheduling.retry import is_given_back
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
 from dispatcher.services.state import Bound, LeaderState
@@ -187,6 +188,7 @@ class Recovery:
                 job=JobId.parse(job.job),
                 failures=job.failures,
                 excluded=job.excluded,
+                crashed=job.crashed,
                 hit_tokens=job.hit_tokens,
             )
             uncached = 0 if job.claimed else max(1, envelope.prompt_tokens - job.hit_tokens)
@@ -198,8 +200,9 @@ class Recovery:
             from_pending=True,
             failures=job.failures,
             excluded=job.excluded,
+            crashed=job.crashed,
         )
-        state.delay(waiting, job.not_before_ms)
+        state.delay(waiting, job.not_before_ms, is_paid=_is_paid(job.cause))
 
     async def _rebuild(
         self, marks: Mapping[str, int], floor: Mapping[str, int], *, fresh: bool
@@ -294,6 +297,11 @@ class Recovery:
                     adopted[job.ref] = Bound(envelope=envelope, job=job, failures=0, excluded=())
         state.metrics.adopted.inc(len(adopted))
         return adopted
+
+
+def _is_paid(cause: str) -> bool:
+    """Whether a pending request waits for a token: it failed, and was not merely given back."""
+    return cause in FailureCause.__members__.values() and not is_given_back(FailureCause(cause))
 
 
 def _floor(finished: Iterable[Finished]) -> dict[str, int]:

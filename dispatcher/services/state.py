@@ -15,10 +15,12 @@ from dispatcher.backends.clock import Clock
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
+from dispatcher.scheduling.delayed import Delayed
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.scheduling.retry import MAX_DELAY_S
+from dispatcher.scheduling.retry_budget import RetryBudget
 from dispatcher.scheduling.scheduler import blocks_of
 from dispatcher.scheduling.window import Waiting, Window
 from dispatcher.telemetry.logging import Log
@@ -38,6 +40,7 @@ class Bound:
     job: JobId
     failures: int
     excluded: tuple[str, ...]
+    crashed: tuple[str, ...] = ()
     hit_tokens: int = 0
 
 
@@ -64,6 +67,7 @@ class LeaderState:
     metrics: DispatcherMetrics
     log: Log
     window: Window = field(default_factory=Window)
+    retries: Delayed = field(default_factory=lambda: Delayed(RetryBudget()))
     progress: dict[str, SourceProgress] = field(default_factory=dict)
     bound: dict[str, Bound] = field(default_factory=dict)
     identities: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
@@ -76,8 +80,6 @@ class LeaderState:
     work: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     _identity_of: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _delayed: list[tuple[float, str]] = field(default_factory=list)
-    _delayed_requests: dict[str, Waiting] = field(default_factory=dict)
 
     def enter(self, waiting: Waiting) -> None:
         """Let a request wait to be bound."""
@@ -113,6 +115,7 @@ class LeaderState:
             uncached_tokens=uncached_tokens,
             number=number,
             now_s=self.clock.monotonic(),
+            is_suspect=bool(bound.crashed),
         )
         self.index.expect(node, ref, blocks_of(envelope.block_hashes))
 
@@ -139,42 +142,41 @@ class LeaderState:
             return EVENTS_S
         return self.untold_linger_s
 
-    def delay(self, waiting: Waiting, not_before_ms: int) -> None:
-        """Let a pending request wait until `not_before_ms`, then to be bound.
+    def delay(self, waiting: Waiting, not_before_ms: int, *, is_paid: bool = False) -> None:
+        """Let a pending request wait until `not_before_ms`, then to be bound; for a token when `is_paid`.
 
         What is left is counted by the monotonic clock, and never more than the longest delay: a wall clock
         that is set back would otherwise hold the request for as long.
         """
         left_s = min(MAX_DELAY_S, (not_before_ms - self.clock.now_ms()) / 1000)
-        if left_s <= 0:
+        if left_s <= 0 and not is_paid:
             self.enter(waiting)
             return
         self._know(waiting.envelope)
-        ref = waiting.envelope.ref
-        self._delayed_requests[ref] = waiting
-        heapq.heappush(self._delayed, (self.clock.monotonic() + left_s, ref))
+        self.retries.push(waiting, self.clock.monotonic() + left_s, is_paid=is_paid)
         self.work.set()
 
     def release_due(self) -> float | None:
-        """Enter the delayed requests that are due; returns seconds until the next, None when none."""
-        now_s = self.clock.monotonic()
-        while self._delayed and self._delayed[0][0] <= now_s:
-            waiting = self._delayed_requests.pop(heapq.heappop(self._delayed)[1], None)
-            if waiting is not None:
-                self.enter(waiting)
-        return self._delayed[0][0] - now_s if self._delayed else None
+        """Enter the delayed requests that may be bound; returns seconds until the next, None when none."""
+        retries, held_up = self.retries, self.retries.held_up
+        due, next_s = retries.due(self.clock.monotonic())
+        for waiting in due:
+            self.enter(waiting)
+        self.metrics.retries_held_up.inc(retries.held_up - held_up)
+        self.metrics.retries_without_token.set(retries.without_token)
+        return next_s
 
     def delayed(self) -> list[Waiting]:
-        """Pending requests whose time has not come."""
-        return list(self._delayed_requests.values())
+        """Pending requests whose time has not come, or that wait for a token of the retry budget."""
+        return self.retries.all()
 
     def withdraw(self, ref: str) -> Waiting | None:
         """Take a waiting request out, delayed or not."""
-        return self._delayed_requests.pop(ref, None) or self.window.remove(ref)
+        return self.retries.withdraw(ref) or self.window.remove(ref)
 
     def waiting(self, ref: str) -> Waiting | None:
         """The waiting request of `ref`, delayed or not."""
-        return self._delayed_requests.get(ref) or self.window.get(ref)
+        return self.retries.get(ref) or self.window.get(ref)
 
     def forget(self, ref: str) -> None:
         """Drop what only an unfinished request needs."""

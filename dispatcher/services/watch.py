@@ -338,6 +338,7 @@ class Guard:
                     from_pending=True,
                     failures=bound.failures,
                     excluded=excluded,
+                    crashed=bound.crashed,
                 )
             )
         await self._load_pending(unknown)
@@ -357,5 +358,6 @@ class Guard:
                     from_pending=True,
                     failures=job.failures,
                     excluded=job.excluded,
+                    crashed=job.crashed,
                 )
             )

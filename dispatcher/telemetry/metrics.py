@@ -41,6 +41,22 @@ class DispatcherMetrics:
             "flexlb_transaction_seconds", "Outcome transactions", registry=registry, buckets=SECONDS
         )
         self.retries = Counter("flexlb_retries", "Attempts bound again", ["cause"], registry=registry)
+        self.retries_without_token = Gauge(
+            "flexlb_retries_without_token", "Retries that wait for the retry budget", registry=registry
+        )
+        self.retries_held_up = Counter(
+            "flexlb_retries_held_up", "Retries that found no token at their time", registry=registry
+        )
+        self.failures_excused = Counter(
+            "flexlb_failures_excused",
+            "Failed attempts held against no request: most nodes of its model failed whatever they got",
+            registry=registry,
+        )
+        self.crashes = Counter(
+            "flexlb_engine_crashes_under_requests",
+            "Attempts whose engine died while they were running",
+            registry=registry,
+        )
         self.requeued = Counter("flexlb_requeued", "Requests moved off a node", ["cause"], registry=registry)
         self.fenced = Counter("flexlb_nodes_fenced", "Incarnations fenced", registry=registry)
         self.nodes = Gauge("flexlb_nodes", "Nodes by state", ["state"], registry=registry)

@@ -22,14 +22,14 @@ RNG = random.Random(0)
 
 def opened(now_s: float = 0.0) -> Breaker:
     breaker = Breaker()
-    assert [breaker.failed(now_s, RNG) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+    assert [breaker.failed("r", now_s, RNG) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
     return breaker
 
 
 def test_failures_in_a_row_open_it_and_an_answer_between_them_does_not_let_them_add_up() -> None:
     breaker = Breaker()
     for _ in range(10):
-        assert not breaker.failed(0.0, RNG)
+        assert not breaker.failed("r", 0.0, RNG)
         assert not breaker.succeeded()
     assert breaker.admits
     assert not opened().admits
@@ -58,7 +58,7 @@ def test_an_answer_closes_it_and_a_failed_try_opens_it_for_longer() -> None:
         now_s += LONGEST_PROBATION_S
         assert breaker.tick(now_s)
         breaker.bound("r")
-        assert breaker.failed(now_s, RNG)
+        assert breaker.failed("r", now_s, RNG)
         breaker.released("r")
     assert lasted[:5] == [1.0, 2.0, 4.0, 8.0, 16.0]
     assert max(lasted) == LONGEST_PROBATION_S
@@ -66,7 +66,7 @@ def test_an_answer_closes_it_and_a_failed_try_opens_it_for_longer() -> None:
     assert breaker.tick(now_s)
     assert breaker.succeeded()
     assert breaker.state is BreakerState.CLOSED
-    assert not breaker.failed(now_s, RNG)
+    assert not breaker.failed("r", now_s, RNG)
     assert breaker.probation_s == 0
 
 
@@ -86,6 +86,23 @@ def test_only_the_engines_own_failures_count() -> None:
     assert FailureCause.NODE_LOST not in ENGINE_FAILURES
 
 
+def test_it_is_ailing_when_it_fails_more_than_one_request_and_until_it_answers() -> None:
+    breaker = opened()
+    assert not breaker.is_ailing, "one bad request opens a breaker too"
+    ailing = []
+    breaker.failed("other", 0.0, RNG)
+    ailing.append(breaker.is_ailing)
+    breaker.tick(LONGEST_PROBATION_S)  # a try that is not answered yet proves nothing
+    ailing.append(breaker.is_ailing)
+    breaker.succeeded()
+    ailing.append(breaker.is_ailing)
+    for ref in ("r1", "r2"):
+        breaker.failed(ref, 0.0, RNG)  # still closed, which is trust
+    ailing.append(breaker.is_ailing)
+    breaker.failed("r1", 0.0, RNG)
+    assert [*ailing, breaker.is_ailing] == [True, True, False, False, True]
+
+
 @given(st.lists(st.sampled_from(["fail", "answer", "tick", "bind", "release", "renew"]), max_size=60))
 def test_whatever_happens_it_admits_again_within_the_longest_probation(events: list[str]) -> None:
     breaker, now_s = Breaker(), 0.0
@@ -93,7 +110,7 @@ def test_whatever_happens_it_admits_again_within_the_longest_probation(events: l
         now_s += 0.1
         match event:
             case "fail":
-                breaker.failed(now_s, RNG)
+                breaker.failed("r", now_s, RNG)
             case "answer":
                 breaker.succeeded()
             case "tick":

@@ -141,6 +141,29 @@ def test_what_others_wait_for_counts_before_it() -> None:
     assert scene.choose(request(1, 2, 3, 4), planned={"n1": 0.11}).node.name == "n0"
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("count", [3, ALL_LOOKED_AT + 8])
+def test_two_suspects_are_never_bound_to_one_node(policy: str, count: int) -> None:
+    scene = Scene(count, policy)
+    bound = []
+    for number in range(count):
+        choice = scene.scheduler.choose(request(1), ("n0",), {}, is_suspect=True)
+        assert choice is not None
+        bound.append(choice.node.name)
+        scene.fleet.reserve(choice.node.name, f"i0_{number}", 10, is_suspect=True)
+    assert sorted(bound) == sorted(scene.fleet.nodes)
+    assert bound[-1] == "n0", "an excluded node is used when no other is free of suspects"
+    assert scene.scheduler.choose(request(1), (), {}, is_suspect=True) is None
+    assert scene.choose(request(1)) is not None, "others may go where a suspect is"
+    scene.fleet.reserve("n2", "i0_other", 10)
+    scene.fleet.release("n2", "i0_other")
+    assert scene.scheduler.choose(request(1), (), {}, is_suspect=True) is None
+    scene.fleet.release("n1", f"i0_{bound.index('n1')}")
+    choice = scene.scheduler.choose(request(1), (), {}, is_suspect=True)
+    assert choice is not None
+    assert choice.node.name == "n1"
+
+
 def test_a_node_on_probation_gets_nothing_then_one_request_at_a_time() -> None:
     scene = Scene(2)
     scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
@@ -148,7 +171,7 @@ def test_a_node_on_probation_gets_nothing_then_one_request_at_a_time() -> None:
     breaker = scene.fleet.nodes["n1"].breaker
     for _ in range(FAILURES):
         assert scene.choose(prompt).node.name == "n1"
-        breaker.failed(0.0, rng)
+        breaker.failed("r", 0.0, rng)
     assert scene.choose(prompt).node.name == "n0"
     breaker.tick(LONGEST_PROBATION_S)
     assert scene.choose(prompt).node.name == "n1"

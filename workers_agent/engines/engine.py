@@ -31,12 +31,18 @@ class Piece:
 
 
 class EngineFailure(FlexLBError):
-    """An attempt failed: `cause` is what the retry decision reads."""
+    """An attempt failed: `cause` is what the retry decision reads.
 
-    def __init__(self, cause: FailureCause, message: str, *, http_status: int = 0) -> None:
+    `reached` is False when the engine can't have seen the request: it may be dead, but not of it.
+    """
+
+    def __init__(
+        self, cause: FailureCause, message: str, *, http_status: int = 0, reached: bool = True
+    ) -> None:
         super().__init__(message)
         self.cause = cause
         self.http_status = http_status
+        self.reached = reached
 
 
 class Engine(Protocol):

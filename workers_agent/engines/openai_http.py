@@ -385,14 +385,18 @@ class OpenAIEngine:
                     where, data=data, headers=headers, timeout=self._timeout, allow_redirects=False
                 )
         except aiohttp.ServerTimeoutError as error:
-            raise EngineFailure(FailureCause.CONNECT, f"{where}: no connection in time ({error})") from None
+            raise EngineFailure(
+                FailureCause.CONNECT, f"{where}: no connection in time ({error})", reached=False
+            ) from None
         except TimeoutError:
             raise EngineFailure(
                 FailureCause.STALLED, f"{where}: no answer within {self._first_token_timeout_s} s"
             ) from None
         except (aiohttp.ClientConnectionError, OSError) as error:
             raise EngineFailure(
-                FailureCause.CONNECT, f"{where}: no answer, the connection failed ({error})"
+                FailureCause.CONNECT,
+                f"{where}: no answer, the connection failed ({error})",
+                reached=not isinstance(error, aiohttp.ClientConnectorError),
             ) from None
         except aiohttp.ClientError as error:
             raise EngineFailure(
@@ -449,12 +453,15 @@ class OpenAIEngine:
             ) as response:
                 data = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise EngineFailure(FailureCause.CONNECT, f"{where}: no answer ({error!r})") from None
+            raise EngineFailure(
+                FailureCause.CONNECT, f"{where}: no answer ({error!r})", reached=False
+            ) from None
         if response.status in _OVERLOADED or response.status >= 500:
             raise EngineFailure(
                 _cause_of(response.status),
                 f"{where}: expected 200, seen {response.status}: {_shown(data)}",
                 http_status=response.status,
+                reached=False,
             )
         return data if response.status == 200 else None
 

@@ -45,8 +45,9 @@ SAME_STEP_S = 0.001
 _MAY_BE_ITS_END = frozenset({FailureCause.CONNECT, FailureCause.TRUNCATED, FailureCause.ENGINE_ERROR})
 
 
-async def _no_check() -> None:
-    """Where nobody watches the engine."""
+async def _no_check(since_s: float) -> bool:
+    """Where nobody watches the engine, no death of it is known."""
+    return False
 
 
 def failed_ending(
@@ -173,8 +174,9 @@ class Executor:
 
     Args:
         history: reads back what earlier attempts have published; without it each attempt starts over.
-        check_engine: called when an attempt failed in a way that may be the engine's end, before that is
-            told: who decides about the next attempt should know by then whether the engine lives.
+        check_engine: whether the engine died since a time; called when an attempt failed in a way that may be
+            the engine's end, before that is told: who decides about the next attempt should know by then
+            whether the engine lives.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class Executor:
         pacer: Pacer,
         *,
         history: ReplyHistory | None = None,
-        check_engine: Callable[[], Awaitable[None]] = _no_check,
+        check_engine: Callable[[float], Awaitable[bool]] = _no_check,
     ) -> None:
         self._state = state
         self._engine = engine
@@ -219,7 +221,7 @@ class Executor:
             checkpoint: what the attempt before left.
         """
         state = self._state
-        claimed_ms = state.clock.now_ms()
+        claimed_ms, began_s = state.clock.now_ms(), state.clock.monotonic()
         answer = Answer()
         stream = ReplyStream(self._replies, work, attempt, state.identity.node, self._pacer, state.metrics)
         if (held := state.held.get(job)) is not None:
@@ -234,11 +236,17 @@ class Executor:
         except EngineFailure as failure:
             if failure.cause is FailureCause.STALLED:
                 state.is_suspect = True
-            if failure.cause in _MAY_BE_ITS_END:
-                await self._check_engine()
+            died = failure.cause in _MAY_BE_ITS_END and await self._check_engine(began_s)
             await stream.publish_rest()
             return self._failed(
-                job, attempt, work, failure.cause, str(failure), failure.http_status, stream.checkpoint
+                job,
+                attempt,
+                work,
+                failure.cause,
+                str(failure),
+                failure.http_status,
+                stream.checkpoint,
+                crash=died and failure.reached,
             )
         except LogRefused as error:
             return self._failed(job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error))
@@ -411,6 +419,8 @@ class Executor:
         message: str,
         http_status: int = 0,
         checkpoint: bytes = b"",
+        *,
+        crash: bool = False,
     ) -> tuple[Ending, str]:
         failed = FailedAttempt(
             attempt=str(attempt),
@@ -418,8 +428,14 @@ class Executor:
             cause=cause,
             message=message[:2000],
             http_status=http_status,
+            crash=crash,
         )
         self._state.log.info(
-            "attempt failed", job=job, cause=cause.value, http_status=http_status, message=message[:500]
+            "attempt failed",
+            job=job,
+            cause=cause.value,
+            http_status=http_status,
+            crash=crash,
+            message=message[:500],
         )
         return failed_ending(job, work.ref, work.id, failed, checkpoint=checkpoint), cause.value

@@ -73,11 +73,24 @@ class Pull:
         )
         if claim.foreign:
             state.metrics.foreign.inc(len(claim.foreign))
-            state.log.error("foreign jobs in the queue were not run", jobs=claim.foreign[:10])
+            self._name_foreign(claim.foreign)
         for job in claim.jobs:
             self._start(job)
         if len(claim.jobs) == limit:
             state.backlog = True
+
+    def _name_foreign(self, ids: tuple[str, ...]) -> None:
+        """Tell which jobs were not run, and what to do instead of RQ's `requeue`."""
+        log, ours = self._state.log, [id for id in ids if _ref_of(id)]
+        if theirs := [id for id in ids if not _ref_of(id)]:
+            log.error("foreign jobs in the queue were not run", jobs=theirs[:10])
+        if ours:
+            log.error(
+                "requeued records of failed attempts were not run: the leader alone tries again; "
+                "for a request that ended use 'flexlb dead requeue REF'",
+                jobs=ours[:10],
+                refs=[_ref_of(id) for id in ours[:10]],
+            )
 
     def _start(self, claimed: Claimed) -> None:
         state = self._state
@@ -111,3 +124,11 @@ class Pull:
             self._executor.run(claimed.job, job.attempt, work),
             name=f"attempt {claimed.job}",
         )
+
+
+def _ref_of(id: str) -> str:
+    """The ref in a job id of ours, '' in any other."""
+    try:
+        return str(JobId.parse(id).ref)
+    except ValueError:
+        return ""

@@ -5,7 +5,8 @@
 --       5 now (ISO 8601)  6 queue ('<pool>--<node>', also the worker's name)
 --       7 '' or the RQ execution id when a stock RQ worker already took the job in ARGV[8]
 -- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens, checkpoint},
--- then foreign ids as {id};
+-- then foreign ids as {id}: of other makers, of jobs that are gone, and of mere records of failed attempts, which RQ's
+-- `requeue` puts back;
 -- error FENCED as in report; {} for a claim older than the last one.
 -- A job is entitled by removing its id from the list that proves it is ours to take: a frozen agent
 -- wakes with an id that its blocking read had already delivered, long after it was moved elsewhere.
@@ -19,7 +20,7 @@ if number < last then return {} end
 local taken, foreign = {}, {}
 local mine = queue .. '--'
 local function take(id)
-  if string.sub(id, 1, #mine) ~= mine or redis.call('EXISTS', 'rq:job:' .. id) == 0 then
+  if string.sub(id, 1, #mine) ~= mine or not redis.call('HGET', 'rq:job:' .. id, 'envelope') then
     foreign[#foreign + 1] = {id}
   else
     taken[#taken + 1] = id

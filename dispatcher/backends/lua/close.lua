@@ -46,18 +46,20 @@ for i = 1, tonumber(ARGV[6]) do
     end
   else
     local queue = pool .. '--' .. node
+    -- A mere record of a failed attempt, which RQ's tools may have put into the queue, is no place.
+    local is_there = redis.call('HGET', 'rq:job:' .. job, 'envelope')
     if redis.call('ZREM', prefix .. 'node:' .. node .. ':claimed', job) == 1 then
       redis.call('XADD', prefix .. 'node:' .. node .. ':control', 'MAXLEN', '~', 1000, '*', 'kind', 'cancel', 'job', job)
       redis.call('PEXPIRE', prefix .. 'node:' .. node .. ':control', 3600000)
       answer = 'ok'
-    elseif redis.call('LREM', 'rq:queue:' .. queue, 1, job) == 1
+    elseif is_there and (redis.call('LREM', 'rq:queue:' .. queue, 1, job) == 1
         or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1
-        or redis.call('ZREM', 'rq:failed:' .. queue, job) == 1 then
+        or redis.call('ZREM', 'rq:failed:' .. queue, job) == 1) then
       answer = 'ok'
     elseif place == 'lost' then
       local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
       local taken = tonumber(offset) < low or redis.call('ZSCORE', prefix .. 'above:' .. source, offset)
-      if taken and redis.call('EXISTS', 'rq:job:' .. job) == 0 and not redis.call('ZSCORE', KEYS[4], ref) then
+      if taken and not is_there and not redis.call('ZSCORE', KEYS[4], ref) then
         answer = 'ok'
       end
     end

@@ -1,0 +1,216 @@
+"""Failures: what becomes of attempts that ended without an outcome.
+
+All of a batch are held against their nodes first and decided then, so that what takes down many nodes at once
+is seen as that. What is tried again goes back to `pending` by one script; the rest is an ending to publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dispatcher.backends.leader_store import LeaderStore, RetryItem
+from dispatcher.backends.store_view import StoreView, StreamEntry
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import JobId, Ref
+from dispatcher.protocol.outcome import FailedAttempt, Reason
+from dispatcher.scheduling.breaker import ENGINE_FAILURES
+from dispatcher.scheduling.outage import Outage, outage_of
+from dispatcher.scheduling.retry import GiveUp, Past, RetryAfter, decide, is_given_back
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.persist import until_answered
+from dispatcher.services.publication import ReadyEnding, cut_attempt, error_text, given_up
+from dispatcher.services.state import Bound, LeaderState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """A failed attempt of the request that it belongs to."""
+
+    entry: StreamEntry
+    job: JobId
+    failed: FailedAttempt
+    bound: Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Retry:
+    """A failed attempt that shall be bound again, and what its giving up would need."""
+
+    item: RetryItem
+    failure: _Failure
+    is_paid: bool
+
+
+class Failures:
+    """Decides about the failed attempts of one pool."""
+
+    def __init__(self, state: LeaderState, store: LeaderStore, view: StoreView) -> None:
+        self._state = state
+        self._store = store
+        self._view = view
+
+    async def carry_out(self, entries: Sequence[StreamEntry]) -> list[ReadyEnding]:
+        """Decide one batch of failed or released attempts; returns what is left to publish or to drop."""
+        endings: list[ReadyEnding] = []
+        failures = []
+        for entry in entries:
+            try:
+                found = await self._read(entry)
+            except ValueError as error:
+                self._state.metrics.foreign.inc()
+                self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
+                continue
+            if isinstance(found, ReadyEnding):
+                endings.append(found)
+            else:
+                self._judge(found)
+                failures.append(found)
+        retries: list[_Retry] = []
+        outages: dict[str, Outage] = {}
+        for failure in failures:
+            model = failure.bound.envelope.model
+            if model not in outages:
+                outages[model] = outage_of(self._state.fleet.serving(model))
+            verdict = self._decide(failure, outages[model])
+            if isinstance(verdict, GiveUp):
+                attempts = [*await self._earlier_attempts(failure.job), failure.failed]
+                endings.append(self._given_up(failure, attempts, verdict.reason))
+            else:
+                retries.append(self._again(failure, verdict))
+        return endings + (await self._retry(retries) if retries else [])
+
+    async def _read(self, entry: StreamEntry) -> _Failure | ReadyEnding:
+        """Take a failed attempt off its node; one that was superseded is only dropped.
+
+        Raises:
+            ValueError: it is not ours, or nothing is known of its request.
+        """
+        state = self._state
+        ref = Ref.parse(entry.text("ref"))
+        failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
+        job = JobId.parse(entry.text("job"))
+        known = state.bound.get(str(ref))
+        if known is not None and known.job != job:
+            state.log.warning("superseded attempt failed", job=str(job), bound=str(known.job))
+            return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job))
+        bound = state.unbind(str(ref)) or await self._stored(job)
+        if bound is None:
+            raise codec.MalformedRecord(f"closing: job {job} has no record")
+        return _Failure(entry=entry, job=job, failed=failed, bound=bound)
+
+    async def _stored(self, job: JobId) -> Bound | None:
+        stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
+        if stored is None or not stored.envelope:
+            return None
+        return Bound(
+            envelope=codec.envelopes.decode(stored.envelope),
+            job=job,
+            failures=stored.failures,
+            excluded=stored.excluded,
+            crashed=stored.crashed,
+        )
+
+    def _judge(self, failure: _Failure) -> None:
+        """Hold a failure against the node whose engine it was."""
+        state, failed = self._state, failure.failed
+        node = state.fleet.nodes.get(failed.node)
+        if node is None or failed.cause not in ENGINE_FAILURES:
+            return
+        ref = failure.bound.envelope.ref
+        if node.breaker.failed(ref, state.clock.monotonic(), state.rng):
+            state.metrics.probations.inc()
+            state.log.warning(
+                "node on probation",
+                node=node.name,
+                failures=node.breaker.failures,
+                cause=failed.cause.value,
+                for_s=round(node.breaker.probation_s, 1),
+            )
+
+    def _decide(self, failure: _Failure, outage: Outage) -> RetryAfter | GiveUp:
+        state, failed, bound = self._state, failure.failed, failure.bound
+        past = Past(failures=bound.failures, crashed=bound.crashed)
+        verdict = decide(failed, past, state.rng, outage=outage)
+        state.metrics.crashes.inc(failed.crash)
+        if isinstance(verdict, RetryAfter) and verdict.is_paid:
+            state.metrics.failures_excused.inc(verdict.past.failures == past.failures)
+        state.log.info(
+            "attempt failed",
+            ref=bound.envelope.ref,
+            id=bound.envelope.id,
+            node=failed.node,
+            cause=failed.cause.value,
+            crash=failed.crash,
+            message=failed.message,
+            failures=past.failures,
+            nodes_ailing=f"{outage.ailing} of {outage.nodes}",
+            verdict=verdict.reason.value if isinstance(verdict, GiveUp) else "retry",
+        )
+        return verdict
+
+    async def _earlier_attempts(self, job: JobId) -> list[FailedAttempt]:
+        """The failed attempts before this one, as its job tells; fewer after a loss of Redis data."""
+        found = await until_answered(lambda: self._view.failed_attempts(str(job)), self._state.metrics)
+        attempts = []
+        for line in found:
+            try:
+                attempts.append(codec.failed_attempts.decode(line))
+            except codec.MalformedRecord as error:
+                # Of another release, perhaps: what the others tell is worth more than none.
+                self._state.log.warning("failed attempt can't be read", job=str(job), error=str(error))
+        return attempts
+
+    def _given_up(self, failure: _Failure, attempts: Sequence[FailedAttempt], reason: Reason) -> ReadyEnding:
+        ref = failure.job.ref
+        return given_up(
+            failure.entry,
+            ref,
+            failure.bound.envelope,
+            attempts,
+            reason,
+            topic=self._state.names.requests(ref.lane),
+            now_ms=self._state.clock.now_ms(),
+        )
+
+    def _again(self, failure: _Failure, verdict: RetryAfter) -> _Retry:
+        state, job, failed = self._state, failure.job, failure.failed
+        excluded = failure.bound.excluded
+        if verdict.exclude and job.node not in excluded:
+            excluded = (*excluded, job.node)
+        state.metrics.retries.labels(failed.cause.value).inc()
+        item = RetryItem(
+            entry=failure.entry.id,
+            job=job,
+            not_before_ms=state.clock.now_ms() + int(verdict.delay_s * 1000),
+            failures=verdict.past.failures,
+            excluded=excluded,
+            crashed=verdict.past.crashed,
+            cause=failed.cause.value,
+            attempt=codec.encode(cut_attempt(failed)),
+            error="" if is_given_back(failed.cause) else error_text(failed),
+        )
+        return _Retry(item=item, failure=failure, is_paid=verdict.is_paid)
+
+    async def _retry(self, retries: Sequence[_Retry]) -> list[ReadyEnding]:
+        """Put attempts back to pending; returns the endings of those whose job was deleted by other hands."""
+        state = self._state
+        items = [retry.item for retry in retries]
+        now_iso = state.clock.now_iso()
+        answers = await until_answered(lambda: self._store.retry(items, now_iso=now_iso), state.metrics)
+        endings = []
+        for retry, answer in zip(retries, answers, strict=True):
+            item, failure = retry.item, retry.failure
+            if answer == "missing":
+                endings.append(self._given_up(failure, [failure.failed], Reason.ATTEMPTS_EXHAUSTED))
+                continue
+            waiting = Waiting(
+                ref=item.job.ref,
+                envelope=failure.bound.envelope,
+                from_pending=True,
+                failures=item.failures,
+                excluded=item.excluded,
+                crashed=item.crashed,
+            )
+            state.delay(waiting, item.not_before_ms, is_paid=retry.is_paid)
+        return endings

@@ -1,0 +1,137 @@
+"""What a closing entry becomes on Kafka: the outcome, and a dead letter when the request failed for good.
+
+Pure values; `publish` and `failures` make them, one transaction carries them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from dispatcher.backends.outcome_log import Publication
+from dispatcher.backends.store_view import StreamEntry
+from dispatcher.protocol import codec
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Ref
+from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeKind, Reason, Timing
+
+LARGEST_OUTCOME_BYTES = 8 << 20
+SMALL_OUTCOME_BYTES = 512 << 10
+"""Taken by every topic: Kafka's own limit for records is 1 MiB."""
+ATTEMPTS_KEPT = 8
+"""Failed attempts in a dead letter, the newest; the scripts keep as many in a job."""
+ATTEMPT_MESSAGE_CHARS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyEnding:
+    """A closing entry ready to be published; one without a publication is only dropped.
+
+    `error` is what RQ's failed registry shall say of `job_to_delete`.
+    """
+
+    entry: bytes
+    ref: Ref
+    id: str
+    publication: Publication | None
+    job_to_delete: str = ""
+    error: str = ""
+
+
+def ready_ending(entry: StreamEntry, ref: Ref) -> ReadyEnding:
+    """The ending of an entry that holds its outcome."""
+    payload = entry.fields.get(b"payload", b"")
+    outcome, dead = payload, b""
+    if entry.text("kind") == "dead":
+        outcome, _, dead = payload.partition(b"\n")
+    id = entry.text("id")
+    if len(outcome) > LARGEST_OUTCOME_BYTES:
+        outcome = _without_text(outcome)
+    publication = Publication(key=id.encode(), outcome=outcome, dead=dead)
+    return ReadyEnding(entry=entry.id, ref=ref, id=id, publication=publication)
+
+
+def without_long_text(publication: Publication) -> Publication:
+    """What also a topic with Kafka's default limit takes."""
+    if len(publication.outcome) <= SMALL_OUTCOME_BYTES:
+        return publication
+    return replace(publication, outcome=_without_text(publication.outcome))
+
+
+def _without_text(payload: bytes) -> bytes:
+    """An outcome that Kafka would refuse, without what makes it so large."""
+    outcome = codec.outcomes.decode(payload)
+    message = f"the answer of {len(payload)} bytes is on the reply topic only; {outcome.message}"
+    return codec.encode(msgspec.structs.replace(outcome, choices=(), message=message[:2000]))
+
+
+def cut_attempt(failed: FailedAttempt) -> FailedAttempt:
+    """An attempt as it is kept: engines may answer pages."""
+    return msgspec.structs.replace(failed, message=failed.message[:ATTEMPT_MESSAGE_CHARS])
+
+
+def error_text(failed: FailedAttempt) -> str:
+    """What RQ's tools show of a failed attempt, as they show a traceback."""
+    crash = ", and the engine died" if failed.crash else ""
+    status = f" (HTTP {failed.http_status})" if failed.http_status else ""
+    message = failed.message[:ATTEMPT_MESSAGE_CHARS]
+    return f"{failed.cause.value}{status}{crash}: {message}\nattempt {failed.attempt} at {failed.node}"
+
+
+def given_up(
+    entry: StreamEntry,
+    ref: Ref,
+    envelope: Envelope,
+    attempts: Sequence[FailedAttempt],
+    reason: Reason,
+    *,
+    topic: str,
+    now_ms: int,
+) -> ReadyEnding:
+    """The ending of a request that failed for good, by its attempts in their order.
+
+    Args:
+        topic: where its record lies.
+    """
+    failed = attempts[-1]
+    message = failed.message
+    if reason is Reason.POISON:
+        nodes = ", ".join(dict.fromkeys(attempt.node for attempt in attempts if attempt.crash))
+        message = f"engines died while they ran it, at {nodes}: {message}"
+    outcome = Outcome(
+        id=envelope.id,
+        ref=envelope.ref,
+        tenant=envelope.tenant,
+        kind=OutcomeKind.FAILED,
+        reason=reason,
+        message=message,
+        fingerprint=envelope.fingerprint,
+        attempt=failed.attempt,
+        node=failed.node,
+        model=envelope.model,
+        http_status=failed.http_status,
+        timing=Timing(appended=envelope.appended_ms, ended=now_ms),
+    )
+    letter = DeadLetter(
+        ref=envelope.ref,
+        reason=reason,
+        message=message,
+        topic=topic,
+        id=envelope.id,
+        tenant=envelope.tenant,
+        attempts=tuple(map(cut_attempt, attempts[-ATTEMPTS_KEPT:])),
+        dead_at_ms=now_ms,
+    )
+    publication = Publication(
+        key=envelope.id.encode(), outcome=codec.encode(outcome), dead=codec.encode(letter)
+    )
+    return ReadyEnding(
+        entry=entry.id,
+        ref=ref,
+        id=envelope.id,
+        publication=publication,
+        job_to_delete=entry.text("job"),
+        error=error_text(failed),
+    )
