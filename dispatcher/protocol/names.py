@@ -151,8 +151,9 @@ class Names:
 
     | rq:queues, rq:workers, rq:workers:<q> | set  | permanent           | L    | RQ tools |
     | rq:queue:<q>, rq:queue:<q>:intermediate | list | while queued      | L, A | A, RQ    |
-    | rq:job:<job id>                       | hash | until completed     | L, A | A, RQ    |
+    | rq:job:<job id>                       | hash | until completed; 1 day after a failure | L, A | A, RQ |
     | rq:wip:<q>                            | zset | while claimed       | L, A | RQ       |
+    | rq:failed:<q>                         | zset | 1 day, newest 200   | L    | RQ tools |
     | rq:worker:<q>                         | hash | heartbeat           | A    | RQ       |
 
     Kafka (prefix `flexlb.<pool>.`): see `topics`, `group`, `transactional_id`.
