@@ -69,8 +69,8 @@ Break a whole stack on this machine under a steady open-loop load, by faults tha
 
 Real processes: Apache Kafka where it can run, Valkey, dispatchers, agents and simulated engines. The seed
 decides which fault strikes when, for how long and whom; who leads at that moment is the run's own. Every kind
-chosen comes up equally often, one at a time unless --overlap is given. Afterwards every answer is waited for,
-and the raw topics are audited. Exit code: 0 nothing lost, nothing duplicated; 1 otherwise; 2 wrong use.
+chosen comes up equally often; they overlap unless --one-at-a-time is given. Afterwards every answer is waited
+for, and the raw topics are audited. Exit code: 0 nothing lost, nothing duplicated; 1 otherwise; 2 wrong use.
 
 Gap: the longest time after a fault without any outcome while requests waited, as their sender saw it.
 """
@@ -89,9 +89,9 @@ kinds of fault:
   freeze-kafka is the nearest to it. It breaks its own stack only: it can't be pointed at an existing cluster.
 
 examples:
-  flexlb chaos --seed 1 --minutes 4
+  flexlb chaos --seed 1 --minutes 5
   flexlb chaos --seed 7 --minutes 2 --rate 40 --nodes 3 --faults kill-leader,freeze-leader,cut-dispatcher
-  flexlb chaos --seed 1 --minutes 4 --overlap --json report.json --folder logs
+  flexlb chaos --seed 1 --minutes 4 --one-at-a-time --json report.json --folder logs
 """
 
 
@@ -108,7 +108,12 @@ def configure_chaos(parser: argparse.ArgumentParser) -> None:
     add("--nodes", type=_count, default=8, help="engines, each with an agent (default 8)")
     add("--dispatchers", type=_count, default=3, help="one leads, the others stand by (default 3)")
     add("--faults", type=_kinds, metavar="KIND,...", help="kinds of fault to choose from (default: all)")
-    add("--overlap", action="store_true", help="strike twice as often, whether or not the last one is mended")
+    add(
+        "--one-at-a-time",
+        dest="overlap",
+        action="store_false",
+        help="wait for service to be back before the next fault, so that each gap has one cause",
+    )
     add(
         "--kafka",
         choices=("auto", "apache", "embedded"),

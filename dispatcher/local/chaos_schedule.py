@@ -13,9 +13,10 @@ from random import Random
 
 from dispatcher.errors import SettingsError
 
-LEAST_SLOT_S = 6.0
-"""Least time from one fault to the next without overlap; with it, half."""
-SLOT_S = 8.0
+LEAST_SLOT_S, SLOT_S = 6.0, 8.0
+"""Least and usual time from one fault to the next, one at a time."""
+OVERLAP_LEAST_SLOT_S, OVERLAP_SLOT_S = 2.5, 3.4
+"""The same when faults may overlap."""
 CALM_S = 3.0
 """Load without faults before the first one and after the last one's slot."""
 
@@ -101,20 +102,20 @@ class PlannedFault:
 
 
 def plan_faults(
-    seed: int, seconds: float, kinds: Sequence[FaultKind], *, overlap: bool = False
+    seed: int, seconds: float, kinds: Sequence[FaultKind], *, overlap: bool
 ) -> list[PlannedFault]:
     """Plan the faults of a run of `seconds`.
 
     Args:
         kinds: those to choose from; each comes up equally often, whatever their order here.
-        overlap: strike twice as often, whether or not the one before is mended.
+        overlap: strike more than twice as often, whether or not the one before is mended.
     Raises:
         SettingsError: the run is too short to have every kind once.
     """
     chosen = sorted(set(kinds))
     rng = Random(seed)
     usable_s = seconds - 2 * CALM_S
-    least_s, usual_s = (LEAST_SLOT_S / 2, SLOT_S / 2) if overlap else (LEAST_SLOT_S, SLOT_S)
+    least_s, usual_s = (OVERLAP_LEAST_SLOT_S, OVERLAP_SLOT_S) if overlap else (LEAST_SLOT_S, SLOT_S)
     if usable_s < least_s * len(chosen):
         needed = (least_s * len(chosen) + 2 * CALM_S) / 60
         raise SettingsError(

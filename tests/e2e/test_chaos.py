@@ -88,5 +88,5 @@ async def test_every_kind_of_fault_loses_nothing_and_answers_once(
     tmp_path: Path, seed: int, overlap: bool
 ) -> None:
     flags = ("--seed", str(seed), "--minutes", "3", "--rate", "40", "--nodes", "4")
-    found = await report_of(tmp_path, *flags, *(["--overlap"] if overlap else []), timeout_s=590)
+    found = await report_of(tmp_path, *flags, *([] if overlap else ["--one-at-a-time"]), timeout_s=590)
     assert set(found["faults"]) == set(FaultKind)
