@@ -7,11 +7,11 @@ Redis lost data or went back in time, Kafka is the truth: reading goes on from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dispatcher.backends.connect import KafkaClients
-from dispatcher.backends.leader_store import AdoptItem, LeaderStore
+from dispatcher.backends.leader_store import AdoptItem, CloseItem, LeaderStore
 from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, read_outcomes
 from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.store_view import StoredJob, StoreView
@@ -26,6 +26,8 @@ from dispatcher.services.state import Bound, LeaderState
 from dispatcher.services.watch import FleetMirror
 
 IDENTITY_WINDOW_MS = 600_000
+MOST_CLOSING = 100_000
+"""Entries of `closing` looked through for endings that were published before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ class Recovery:
         since = {int(partition): offset for partition, offset in floor.items()} | ledger.settled
         heads, ends = await read_outcomes(self._kafka, state.names, since)
         published = {head.ref for head in heads}
+        await self._drop_answered([job for job in ledger.jobs if job.ref in published])
         unfinished = {job.ref for job in ledger.jobs} | set(ledger.closing_refs)
         open_refs = [Ref.parse(ref) for ref in unfinished - published]
         starts = await self._requests.log_starts()
@@ -165,8 +168,40 @@ class Recovery:
                 open_above=[offset for offset in offsets if offset >= at],
             )
         for job in ledger.jobs:
-            self._restore(job)
+            if job.ref not in published:
+                self._restore(job)
         return ends
+
+    async def _drop_answered(self, jobs: Sequence[StoredJob]) -> None:
+        """Take away what would be run again although its outcome is published.
+
+        A Redis that went back in time no further than to the last assignment passes for intact: what ended
+        since then is back in its place. The next leader could not tell, once newer outcomes are settled.
+        """
+        if not jobs:
+            return
+        items = [
+            CloseItem(
+                place="job" if job.job else "pending",
+                ref=Ref.parse(job.ref),
+                kind="none",
+                job=JobId.parse(job.job) if job.job else None,
+            )
+            for job in jobs
+        ]
+        answers = await until_answered(lambda: self._store.close(items), self._state.metrics)
+        ended = {item.ref for item, answer in zip(items, answers, strict=True) if answer != "ok"}
+        if ended:
+            entries, _ = await until_answered(
+                lambda: self._view.read_closing(b"0-0", block_ms=1, count=MOST_CLOSING), self._state.metrics
+            )
+            again = [
+                (entry.id, entry.text("job")) for entry in entries if Ref.parse(entry.text("ref")) in ended
+            ]
+            await until_answered(lambda: self._store.settle({}, again), self._state.metrics)
+        self._state.log.warning(
+            "answered requests taken out of Redis, which went back in time", count=len(jobs)
+        )
 
     async def _fence_forgotten_nodes(self) -> None:
         """Take back the work of nodes of which Redis keeps nothing else any more."""
