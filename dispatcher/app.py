@@ -6,6 +6,7 @@ simulation runs exactly this code in virtual time.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 
@@ -46,6 +47,10 @@ from dispatcher.telemetry.metrics import DispatcherMetrics
 
 MOST_NAMED = 100
 """Nodes that `/health` names of a kind."""
+
+
+class _SettingsRenewed(Exception):
+    """Ends a session, so that the next one, under the same lease, has the new settings."""
 
 
 class Dispatcher:
@@ -109,6 +114,7 @@ class Dispatcher:
             log=log,
         )
         self._last_seen = LastSeen()
+        self._renewed = asyncio.Event()
         self._open: list[RequestLog | OutcomeLog] = []
         self.state: LeaderState | None = None
 
@@ -123,6 +129,20 @@ class Dispatcher:
         finally:
             for client in self._clients:
                 await client.aclose()
+
+    @property
+    def settings(self) -> DispatcherSettings:
+        """Those that count now."""
+        return self._settings
+
+    def renew(self, settings: DispatcherSettings) -> None:
+        """Go on with other settings; a leader begins a new session under its lease, as after a failover.
+
+        Args:
+            settings: equal to those so far in all that needs a restart.
+        """
+        self._settings = settings
+        self._renewed.set()
 
     def health(self) -> dict[str, object]:
         """What `/health` says."""
@@ -143,6 +163,19 @@ class Dispatcher:
         }
 
     async def _lead(self, lease: Lease) -> None:
+        """Lead under one lease, a session per renewal of the settings; ends by an exception only."""
+        while True:
+            self._renewed.clear()
+            try:
+                await run_together(session=self._session(lease), renewed=self._until_renewed())
+            except* _SettingsRenewed:
+                await self._close()
+
+    async def _until_renewed(self) -> None:
+        await self._renewed.wait()
+        raise _SettingsRenewed
+
+    async def _session(self, lease: Lease) -> None:
         """One session of leadership; ends by an exception only."""
         settings, names = self._settings, self._names
         requests = RequestLog(self._kafka, names)

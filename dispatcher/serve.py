@@ -18,10 +18,11 @@ from dispatcher.backends.access import KAFKA_ACCESS
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.backends.renewal import renew_on_hangup
 from dispatcher.backends.topics import create_topics
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.names import Names
-from dispatcher.settings import DispatcherSettings
+from dispatcher.settings import NEEDS_RESTART, DispatcherSettings
 from dispatcher.telemetry.logging import Log, configure_logging
 from dispatcher.telemetry.metrics import serve_metrics
 
@@ -32,7 +33,7 @@ def configure_dispatcher(parser: argparse.ArgumentParser) -> None:
 
 
 async def run_dispatcher(options: argparse.Namespace) -> int:
-    """Run a dispatcher until SIGTERM or SIGINT; a leader then resigns at once."""
+    """Run a dispatcher until SIGTERM or SIGINT; a leader then resigns at once. SIGHUP renews the settings."""
     settings = read_settings(DispatcherSettings, vars(options))
     configure_logging(settings.log_level)
     log = Log(process="dispatcher", pool=settings.pool, host=socket.gethostname(), pid=os.getpid())
@@ -46,6 +47,13 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
         rng=random.Random(settings.seed or None),
         registry=registry,
         log=log,
+    )
+    renew_on_hangup(
+        settings,
+        lambda: read_settings(DispatcherSettings, vars(options)),
+        log=log,
+        fixed=NEEDS_RESTART,
+        take=dispatcher.renew,
     )
     try:
         page, port = await serve_metrics(

@@ -14,6 +14,23 @@ from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import KafkaServers, RedisUrl
 from dispatcher.protocol.names import POOL_PATTERN
 
+NEEDS_RESTART = frozenset(
+    {
+        "redis",
+        "kafka",
+        "pool",
+        "block_size",
+        "metrics_port",
+        "metrics_host",
+        "election",
+        "leader_ttl_s",
+        "topic_partitions",
+        "topic_replication",
+        "seed",
+    }
+)
+"""Settings that a running dispatcher keeps: servers, addresses, and what other processes count on."""
+
 
 class DispatcherSettings(AccessSettings):
     """Everything a dispatcher can be told."""

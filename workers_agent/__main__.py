@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
@@ -15,6 +16,7 @@ from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.effective_settings import FORMS, print_effective
 from dispatcher.backends.environment import add_flags, read_effective, read_settings
+from dispatcher.backends.renewal import renew_on_hangup
 from dispatcher.errors import FlexLBError, SettingsError
 from dispatcher.telemetry.logging import Log, configure_logging
 from dispatcher.telemetry.metrics import serve_metrics
@@ -39,13 +41,13 @@ def main() -> int:
             print(print_effective(read_effective(AgentSettings, vars(options)), options.print_config))
             return 0
         settings = read_settings(AgentSettings, vars(options))
-        return asyncio.run(_run(settings))
+        return asyncio.run(_run(settings, lambda: read_settings(AgentSettings, vars(options))))
     except FlexLBError as error:
         print(f"flexlb agent: {error}", file=sys.stderr)
         return 2
 
 
-async def _run(settings: AgentSettings) -> int:
+async def _run(settings: AgentSettings, read: Callable[[], AgentSettings]) -> int:
     configure_logging(settings.log_level)
     log = Log(process="agent", pool=settings.pool, node=settings.node, pid=os.getpid())
     stop = asyncio.Event()
@@ -60,6 +62,7 @@ async def _run(settings: AgentSettings) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
+    renew_on_hangup(settings, read, log=log)
     registry = CollectorRegistry()
     engine = OpenAIEngine(
         settings.engine_url,

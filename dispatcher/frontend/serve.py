@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.backends.renewal import renew_on_hangup
 from dispatcher.errors import SettingsError
 from dispatcher.frontend.api_keys import read_api_keys
 from dispatcher.frontend.app import Frontend
@@ -33,6 +34,7 @@ async def run_frontend(options: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    renew_on_hangup(settings, lambda: read_settings(FrontendSettings, vars(options)), log=log)
     frontend = Frontend(
         settings,
         kafka=connect_kafka(settings.kafka, settings.kafka_access),

@@ -57,6 +57,7 @@ class Faults:
             self._cut,
             self._slow_network,
             self._jump_clock,
+            self._renew_settings,
         )
         self._faults = tuple(fault for fault in faults if not kinds or fault.__name__.lstrip("_") in kinds)
 
@@ -172,6 +173,15 @@ class Faults:
         operator.spawn(wish_for_a_while(), name="wish")
 
     # Servers
+    def _renew_settings(self) -> None:
+        name = self._rng.choice(self._cluster.dispatchers)
+        process = self._cluster.processes[name]
+        if process.is_alive and not process.is_frozen:
+            self._cluster.note(f"renew settings of {name}")
+            dispatcher = self._cluster.running[name]
+            dispatcher.renew(
+                dispatcher.settings.model_copy(update={"assign_batch": self._rng.choice([1, 128])})
+            )
 
     def _restart_redis(self) -> None:
         self._cluster.note("restart redis")
