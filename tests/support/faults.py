@@ -172,7 +172,6 @@ class Faults:
         self._cluster.processes[operator.name] = operator
         operator.spawn(wish_for_a_while(), name="wish")
 
-    # Servers
     def _renew_settings(self) -> None:
         name = self._rng.choice(self._cluster.dispatchers)
         process = self._cluster.processes[name]
@@ -182,6 +181,8 @@ class Faults:
             dispatcher.renew(
                 dispatcher.settings.model_copy(update={"assign_batch": self._rng.choice([1, 128])})
             )
+
+    # Servers
 
     def _restart_redis(self) -> None:
         self._cluster.note("restart redis")
