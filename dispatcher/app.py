@@ -248,7 +248,7 @@ class Dispatcher:
                 committed=recovered.committed,
             )
             expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
-            cancels = Cancels(state, CancelLog(self._kafka, names), endings)
+            cancels = Cancels(state, CancelLog(self._kafka, names), requests, endings)
             partitions = Partitions(requests, self._log)
             retention = Retention(state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000))
             services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions, retention)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from aiokafka import TopicPartition
 
@@ -16,6 +17,8 @@ from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.topics import partition_counts
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Lane, Names, Ref
+
+Ends = Mapping[TopicPartition, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,8 @@ class RequestLog:
         self._lanes: dict[TopicPartition, Lane] = {}
         self.reply_partitions = 0
         self._counts: dict[str, int] = {}
+        self.reads = 0
+        """How often `read` was called: by each call, what the one before returned has been taken."""
 
     async def start(self) -> None:
         """Connect and assign every partition of both lanes.
@@ -72,7 +77,8 @@ class RequestLog:
 
     async def _partition_counts(self) -> dict[str, int]:
         names = self._names
-        return await partition_counts(self._kafka, [*map(names.requests, Lane), names.replies])
+        topics = [*map(names.requests, Lane), names.replies, names.cancels]
+        return await partition_counts(self._kafka, topics)
 
     async def has_grown(self) -> bool:
         """Whether a topic has other partitions than those found at the start.
@@ -98,6 +104,18 @@ class RequestLog:
             raise LogUnavailable(f"request log: {error!r}") from error
         return {source_of(self._lanes[tp], tp.partition): offset for tp, offset in starts.items()}
 
+    async def ends(self) -> Ends:
+        """Where each partition ends now.
+
+        Raises:
+            LogUnavailable: the broker did not answer.
+        """
+        return await _ends(self._consumer, list(self._lanes))
+
+    async def has_read(self, ends: Ends) -> bool:
+        """Whether `read` has returned everything below `ends`."""
+        return await _has_read(self._consumer, ends)
+
     def seek(self, positions: Mapping[str, int]) -> None:
         """Read on from these offsets."""
         for tp, lane in self._lanes.items():
@@ -115,6 +133,7 @@ class RequestLog:
 
     async def read(self, *, timeout_ms: int, limit: int) -> list[LogRecord]:
         """Up to `limit` next records; [] when none came within `timeout_ms`."""
+        self.reads += 1
         try:
             batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=limit)
         except NO_ANSWER as error:
@@ -135,11 +154,34 @@ class RequestLog:
         return records
 
 
+async def _ends(consumer: Any, partitions: list[TopicPartition]) -> Ends:
+    try:
+        found: Ends = await consumer.end_offsets(partitions)
+    except NO_ANSWER as error:
+        raise LogUnavailable(f"ends: {error!r}") from error
+    return found
+
+
+async def _has_read(consumer: Any, ends: Ends) -> bool:
+    for tp, end in ends.items():
+        if await consumer.position(tp) < end:
+            return False
+    return True
+
+
 def _traceparent(headers: object) -> str:
     for name, value in headers or ():  # type: ignore[attr-defined]
         if name == "traceparent" and value is not None:
             return str(value.decode("ascii", "replace")[:64])
     return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CancelRecord:
+    """One record of `requests.cancel`."""
+
+    value: bytes
+    appended_ms: int
 
 
 class CancelLog:
@@ -148,6 +190,7 @@ class CancelLog:
     def __init__(self, kafka: KafkaClients, names: Names) -> None:
         self._kafka = kafka
         self._topic = names.cancels
+        self._partitions: list[TopicPartition] = []
         self._consumer = kafka.consumer(
             group_id=None, fetch_max_wait_ms=500, isolation_level="read_committed", auto_offset_reset="latest"
         )
@@ -156,7 +199,7 @@ class CancelLog:
         """Connect and begin at the first record not older than `since_ms`."""
         try:
             count = (await partition_counts(self._kafka, [self._topic]))[self._topic]
-            partitions = [TopicPartition(self._topic, number) for number in range(count)]
+            partitions = self._partitions = [TopicPartition(self._topic, number) for number in range(count)]
             await self._consumer.start()
             self._consumer.assign(partitions)
             # The ends first: a record appended between the two calls is then found by its time.
@@ -172,10 +215,26 @@ class CancelLog:
         """Close the connection."""
         await close_kafka_client(self._consumer)
 
-    async def read(self, *, timeout_ms: int) -> list[bytes]:
-        """The values of the next cancel records."""
+    async def read(self, *, timeout_ms: int) -> list[CancelRecord]:
+        """The next records."""
         try:
             batches = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=1000)
         except NO_ANSWER as error:
             raise LogUnavailable(f"cancel log: {error!r}") from error
-        return [record.value or b"" for batch in batches.values() for record in batch]
+        return [
+            CancelRecord(value=record.value or b"", appended_ms=record.timestamp)
+            for batch in batches.values()
+            for record in batch
+        ]
+
+    async def ends(self) -> Ends:
+        """Where each partition ends now.
+
+        Raises:
+            LogUnavailable: the broker did not answer.
+        """
+        return await _ends(self._consumer, self._partitions)
+
+    async def has_read(self, ends: Ends) -> bool:
+        """Whether `read` has returned everything below `ends`."""
+        return await _has_read(self._consumer, ends)

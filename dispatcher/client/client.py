@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client, connect_kafka
 from dispatcher.backends.topics import MAX_RECORD_BYTES, partition_counts
+from dispatcher.client.lease import LeaseKeeper
 from dispatcher.client.reader import Ended, Lengths, ReplyEvent, ReplyReader, Restarted, TextAdded
 from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol import codec
@@ -139,6 +141,8 @@ class Client:
         kafka: bootstrap servers (`host:port[,host:port]`), or constructors of Kafka clients.
         most_unfinished: requests without an outcome after which `submit` waits.
         most_finished: ended requests whose answers stay available.
+        lease_ttl_s: when given, requests are cancelled once this client left or was silent for as long
+            (1 to 60 s), unless they are `detached`. Without it they go on alone.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class Client:
         *,
         most_unfinished: int = 100_000,
         most_finished: int = 10_000,
+        lease_ttl_s: float | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
@@ -164,6 +169,10 @@ class Client:
         self._stack = AsyncExitStack()
         self._producer: Any = None
         self._is_closed = False
+        self._lease_partition = 0
+        self._lease: LeaseKeeper | None = None
+        if lease_ttl_s is not None:
+            self._lease = LeaseKeeper(self._append_lease, new_id(), tenant, lease_ttl_s)
         self.unreadable = 0
 
     async def __aenter__(self) -> Client:
@@ -180,6 +189,11 @@ class Client:
             await self._producer.start()
             names = self._names
             counts = await partition_counts(self._kafka, names.topics)
+            if self._lease is not None:
+                # After the tasks below have ended, and before the producer does.
+                self._stack.push_async_callback(self._lease.end)
+                self._lease_partition = zlib.crc32(self._lease.lease.encode()) % counts[names.cancels]
+                await self._lease.begin()
             outcomes = await self._placed(names.outcomes, counts, "read_committed")
             # Chunks are no part of any transaction.
             replies = await self._placed(names.replies, counts, "read_uncommitted")
@@ -194,6 +208,8 @@ class Client:
             group.create_task(self._follow(outcomes, codec.outcomes)),
             group.create_task(self._follow(replies, codec.chunks)),
         ]
+        if self._lease is not None:
+            followers.append(group.create_task(self._lease.run()))
         for follower in followers:
             self._stack.callback(follower.cancel)
         return self
@@ -233,6 +249,7 @@ class Client:
             body: the OpenAI body, or its JSON. Above 16 kB it travels by reference.
             id: unique in the tenant; the same request under the same id is run once. Made when absent.
             deadline_ms: a duration from the broker's append time.
+            detached: it goes on when this client's lease ends.
         Raises:
             ValueError: a field that no dispatcher would accept, or an id this client waits for already.
             LogRefused: the request is too large for Kafka.
@@ -261,6 +278,7 @@ class Client:
             lora=lora,
             cache_salt=cache_salt,
             detached=detached,
+            lease=self._lease.lease if self._lease is not None and not detached else None,
         )
         request = codec.requests.decode(codec.encode(request))
         key = id.encode()
@@ -299,11 +317,23 @@ class Client:
             sha256=sha256(payload).hexdigest(),
         )
 
+    async def _append_lease(self, value: bytes) -> None:
+        assert self._lease is not None
+        key = self._lease.lease.encode()
+        await self._append(self._names.cancels, value, key, partition=self._lease_partition)
+
     async def _append(
-        self, topic: str, value: bytes, key: bytes, headers: list[tuple[str, bytes]] | None = None
+        self,
+        topic: str,
+        value: bytes,
+        key: bytes,
+        headers: list[tuple[str, bytes]] | None = None,
+        partition: int | None = None,
     ) -> Any:
         try:
-            return await self._producer.send_and_wait(topic, value, key=key, headers=headers)
+            return await self._producer.send_and_wait(
+                topic, value, key=key, headers=headers, partition=partition
+            )
         except MessageSizeTooLargeError as error:
             raise LogRefused(
                 f"{topic}: expected at most {MAX_RECORD_BYTES} bytes, seen {len(value)}; shorten the body"

@@ -107,6 +107,7 @@ class Frontend:
                     self._settings.pool,
                     tenant,
                     most_unfinished=2 * self._settings.max_in_flight,
+                    lease_ttl_s=self._settings.lease_ttl_s or None,
                     monotonic=self._monotonic,
                 )
                 self._clients[tenant] = await self._stack.enter_async_context(client)
@@ -344,7 +345,7 @@ class Frontend:
         finally:
             self._exchanges.discard(exchange)
             client.forget(question.id)
-            if not exchange.is_answered and self._cancels is not None:
+            if exchange.is_to_be_cancelled and self._cancels is not None:
                 self._cancels.create_task(self._cancel(client, question.id))
         if problem is RESTARTED:
             self.metrics.broken_streams.inc()

@@ -93,6 +93,11 @@ class Exchange:
             question.ask, id=question.id, model=question.model, created_s=self._created_s
         )
 
+    @property
+    def is_to_be_cancelled(self) -> bool:
+        """Whether nobody wants its answer once this exchange is over."""
+        return not self.is_answered and not self.question.headers.is_detached
+
     def stop(self) -> None:
         """End it now, with an error."""
         self._is_stopped = True
@@ -143,6 +148,7 @@ class Exchange:
                 ttft_slo_ms=headers.ttft_slo_ms,
                 tokens=question.tokens,
                 cache_salt=question.ask.cache_salt,
+                detached=headers.is_detached,
                 traceparent=headers.traceparent,
             )
         finally:

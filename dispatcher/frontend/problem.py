@@ -108,11 +108,12 @@ def problem_of(outcome: Outcome) -> Problem | None:
             if reason is Reason.ENGINE_REFUSED and 400 <= outcome.http_status < 500:
                 status = outcome.http_status
         case OutcomeKind.CANCELLED:
-            status = CLIENT_LEFT
+            # Who still hears of it did not leave: this frontend stood still.
+            status = 503 if reason is Reason.CLIENT_GONE else CLIENT_LEFT
     return Problem(
         status=status,
         message=outcome.message or f"the request ended as {outcome.kind}({reason})",
         code=code,
         param=param,
-        may_retry=False,
+        may_retry=(outcome.kind, reason) == (OutcomeKind.CANCELLED, Reason.CLIENT_GONE),
     )

@@ -1,4 +1,4 @@
-"""What a client says in headers: the request's id, its urgency, its lane, its trace. Pure."""
+"""What a client says in headers: the request's id, urgency and lane, its trace, whether it waits. Pure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ PRIORITY = "X-FlexLB-Priority"
 DEADLINE = "X-FlexLB-Deadline-Ms"
 TTFT_SLO = "X-FlexLB-TTFT-SLO-Ms"
 LANE = "X-FlexLB-Lane"
+DETACHED = "X-FlexLB-Detached"
 TRACEPARENT = "traceparent"
 
 MAX_DEADLINE_MS = 604_800_000
 MAX_TTFT_SLO_MS = 86_400_000
+BOOLEANS = {"true": True, "false": False}
 LANES = {"interactive": Lane.INTERACTIVE, "batch": Lane.BATCH}
 SEEN_CHARS = 80
 
@@ -36,6 +38,7 @@ class RequestHeaders:
     deadline_ms: int | None = None
     ttft_slo_ms: int | None = None
     lane: Lane = Lane.INTERACTIVE
+    is_detached: bool = False
     traceparent: str = ""
 
 
@@ -55,6 +58,9 @@ def read_headers(headers: Mapping[str, str]) -> RequestHeaders:
     lane = headers.get(LANE, "interactive").strip().lower()
     if lane not in LANES:
         raise _wrong(LANE, "interactive or batch", lane)
+    detached = headers.get(DETACHED, "false").strip().lower()
+    if detached not in BOOLEANS:
+        raise _wrong(DETACHED, "true or false", detached)
     priority = _number(headers, PRIORITY, 100)
     return RequestHeaders(
         request_id=request_id_of(headers),
@@ -62,6 +68,7 @@ def read_headers(headers: Mapping[str, str]) -> RequestHeaders:
         deadline_ms=_number(headers, DEADLINE, MAX_DEADLINE_MS),
         ttft_slo_ms=_number(headers, TTFT_SLO, MAX_TTFT_SLO_MS),
         lane=LANES[lane],
+        is_detached=BOOLEANS[detached],
         traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
     )
 

@@ -55,6 +55,12 @@ class FrontendSettings(AccessSettings):
     outcome_grace_s: float = Field(
         default=30, ge=0.1, le=3600, description="wait for an outcome beyond the deadline, seconds"
     )
+    lease_ttl_s: float = Field(
+        default=15,
+        ge=0,
+        le=60,
+        description="silence of this frontend after which its requests are cancelled, seconds; 0 for never",
+    )
     shutdown_grace_s: float = Field(
         default=30, ge=0, le=3600, description="time for running requests to end at a stop, seconds"
     )

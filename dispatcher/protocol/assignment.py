@@ -20,6 +20,7 @@ class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What scheduling needs of a request; small, kept for every request in the leader's memory.
 
     `block_hashes` are routing blocks, or chunks of text when `text_hashed`: those no engine tells of.
+    `lease`: its client's, '' when it goes on without its client.
     """
 
     ref: str
@@ -39,6 +40,7 @@ class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str = ""
     session: str = ""
     lora: str = ""
+    lease: str = ""
     v: int = FIRST_VERSION
 
     @property

@@ -15,7 +15,7 @@ from dispatcher.protocol.checkpoint import Checkpoint
 from dispatcher.protocol.chunk import Chunk
 from dispatcher.protocol.node import BlockEvent, NodeIdentity, NodeReport
 from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeHead
-from dispatcher.protocol.request import PROTOCOL_VERSION, CancelRequest, InferenceRequest
+from dispatcher.protocol.request import PROTOCOL_VERSION, CancelRequest, InferenceRequest, LeaseRecord
 
 T = TypeVar("T")
 MESSAGE_CHARS = 400
@@ -83,6 +83,7 @@ def encode(record: msgspec.Struct) -> bytes:
 
 requests = Codec(InferenceRequest)
 cancels = Codec(CancelRequest)
+leases = Codec(LeaseRecord)
 outcomes = Codec(Outcome)
 outcome_heads = Codec(OutcomeHead)
 chunks = Codec(Chunk)
@@ -112,3 +113,24 @@ def salvage_identity(data: bytes) -> tuple[str, str] | None:
     if not 0 < len(found.id) <= 256 or len(found.tenant) > 256:
         return None
     return found.tenant, found.id
+
+
+class _OnCancelTopic(msgspec.Struct):
+    id: msgspec.Raw | None = None
+    lease: msgspec.Raw | None = None
+
+
+_on_cancel_topic = msgspec.json.Decoder(_OnCancelTopic)
+
+
+def decode_cancel(data: bytes) -> CancelRequest | LeaseRecord:
+    """Read a record of `requests.cancel`: one that names a lease and no request is about the lease.
+
+    Raises:
+        MalformedRecord: as `Codec.decode`.
+    """
+    try:
+        found = _on_cancel_topic.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return cancels.decode(data)
+    return leases.decode(data) if found.lease is not None and found.id is None else cancels.decode(data)

@@ -49,6 +49,7 @@ class Reason(StrEnum):
     POISON = "poison"
     # Cancelled
     CLIENT_CANCELLED = "client_cancelled"
+    CLIENT_GONE = "client_gone"
 
 
 class FailureCause(StrEnum):

@@ -27,6 +27,9 @@ NO_BODY = msgspec.Raw(b"")
 BlockHash = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 RequestIdText = Annotated[str, Meta(min_length=1, max_length=256)]
+LeaseText = Annotated[str, Meta(min_length=1, max_length=128)]
+MAX_LEASE_TTL_MS = 60_000
+"""The longest time that a lease runs on without being prolonged."""
 
 
 class Endpoint(StrEnum):
@@ -92,11 +95,24 @@ class InferenceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     detached: bool = False
     requeued_from: str | None = None
+    lease: LeaseText | None = None
 
 
 class CancelRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Ask for the end of a request: same tenant as the request, or nothing happens."""
 
     id: RequestIdText
+    tenant: Annotated[str, Meta(max_length=256)] = ""
+    v: int = FIRST_VERSION
+
+
+class LeaseRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A client's sign of life on `requests.cancel`: its lease runs for `ttl_ms` more; 0 ends it.
+
+    All records of a lease lie in one partition.
+    """
+
+    lease: LeaseText
+    ttl_ms: Annotated[int, Meta(ge=0, le=MAX_LEASE_TTL_MS)]
     tenant: Annotated[str, Meta(max_length=256)] = ""
     v: int = FIRST_VERSION

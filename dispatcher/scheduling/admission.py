@@ -228,6 +228,7 @@ def _admitted(
         fingerprint=print_,
         session=request.session or "",
         lora=request.lora or "",
+        lease="" if request.detached else request.lease or "",
     )
     work = Work(
         ref=str(ref),

@@ -13,16 +13,17 @@ LONGEST_STEP_S = 0.5
 
 
 class HealthyClock:
-    """Counts healthy seconds."""
+    """Counts healthy seconds: steps of at most `longest_step_s` between two answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_step_s: float = LONGEST_STEP_S) -> None:
+        self._longest_step_s = longest_step_s
         self.now_s = 0.0
         self.trouble_at_s = 0.0
         self._last: float | None = None
 
     def answered(self, monotonic_s: float) -> None:
         """Redis answered just now."""
-        if self._last is not None and monotonic_s - self._last <= LONGEST_STEP_S:
+        if self._last is not None and monotonic_s - self._last <= self._longest_step_s:
             self.now_s += monotonic_s - self._last
         else:
             self.trouble_at_s = self.now_s

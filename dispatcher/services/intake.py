@@ -16,7 +16,7 @@ from dispatcher.protocol.names import Lane
 from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
 from dispatcher.scheduling.window import LANE_SHARE, Waiting
-from dispatcher.services.cancels import doom_cancelled
+from dispatcher.services.cancels import doom_cancelled, take_early
 from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
 from dispatcher.services.state import LeaderState
 
@@ -120,7 +120,7 @@ class Intake:
                 ):
                     self._check_blocks(envelope)
                     state.enter(Waiting(ref=ref, envelope=envelope, data=data))
-                    if state.early_cancels.pop((envelope.tenant, envelope.id), None) is not None:
+                    if take_early(state, envelope):
                         doom_cancelled(self._endings, envelope)
 
     def _check_blocks(self, envelope: Envelope) -> None:
@@ -183,6 +183,8 @@ class Intake:
         if known is None or known[0] == envelope.ref:
             return False
         if known[1] == envelope.fingerprint:
+            lease = (envelope.tenant, envelope.lease) if envelope.lease else None
+            self._state.leases.share(known[0], lease)
             await self._endings.coalesce(record.ref, envelope.fingerprint)
             return True
         await self._refuse(

@@ -17,6 +17,7 @@ from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.scheduling.delayed import Delayed
 from dispatcher.scheduling.fleet import Fleet
+from dispatcher.scheduling.leases import Leases
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.scheduling.retry import MAX_DELAY_S
@@ -55,6 +56,14 @@ class Doom:
     since_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyCancel:
+    """A cancel whose request is not known: `appended_ms` by the broker, `since_s` when it was read."""
+
+    appended_ms: int
+    since_s: float
+
+
 @dataclass(kw_only=True)
 class LeaderState:
     """The ledger of a leading dispatcher."""
@@ -74,7 +83,8 @@ class LeaderState:
     attempts: dict[str, int] = field(default_factory=dict)
     generation: str = ""
     untold_linger_s: float = 300.0
-    early_cancels: dict[tuple[str, str], float] = field(default_factory=dict)
+    early_cancels: dict[tuple[str, str], EarlyCancel] = field(default_factory=dict)
+    leases: Leases = field(default_factory=Leases)
     doomed: dict[str, Doom] = field(default_factory=dict)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
     work: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,6 +103,8 @@ class LeaderState:
         identity = (envelope.tenant, envelope.id)
         self._identity_of[envelope.ref] = identity
         self.identities.setdefault(identity, (envelope.ref, envelope.fingerprint))
+        if envelope.lease:
+            self.leases.hold(envelope.ref, (envelope.tenant, envelope.lease))
         heapq.heappush(self.deadlines, (envelope.deadline_at_ms, envelope.ref))
         if len(self.deadlines) > 2 * len(self._identity_of) + FEWEST_PAST:
             self.deadlines = [entry for entry in self.deadlines if entry[1] in self._identity_of]
@@ -187,6 +199,7 @@ class LeaderState:
                 del self.identities[identity]
         self.attempts.pop(ref, None)
         self.doomed.pop(ref, None)
+        self.leases.drop(ref)
 
     def is_unfinished(self, ref: str) -> bool:
         """Whether a request that was entered has no published outcome yet, wherever it is."""

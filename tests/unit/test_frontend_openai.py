@@ -237,7 +237,10 @@ def test_every_ending_without_an_answer_is_a_problem_that_is_not_asked_for_again
     problem = problem_of(outcome(kind=kind, reason=reason))
     assert problem is not None
     assert 400 <= problem.status < 600
-    assert problem.headers["x-should-retry"] == "false"
+    if (kind, reason) == (OutcomeKind.CANCELLED, Reason.CLIENT_GONE):
+        assert (problem.status, problem.headers["Retry-After"]) == (503, "1")
+    else:
+        assert problem.headers["x-should-retry"] == "false"
     assert problem.message
 
 

@@ -40,6 +40,7 @@ from dispatcher.protocol.request import (
     CancelRequest,
     Endpoint,
     InferenceRequest,
+    LeaseRecord,
     ReplyTo,
     Tokens,
 )
@@ -82,8 +83,14 @@ RECORDS: dict[str, msgspec.Struct] = {
         requeued_from="i3_1024",
     ),
     "request_body_ref": InferenceRequest(id="b", model="m", endpoint=Endpoint.CHAT, body_ref=BODY_REF),
+    "request_lease": InferenceRequest(
+        id="c", model="m", endpoint=Endpoint.CHAT, body_ref=BODY_REF, lease="9a0b1c"
+    ),
+    "lease_minimal": LeaseRecord(lease="9a0b1c", ttl_ms=15_000),
+    "lease_full": LeaseRecord(lease="9a0b1c", ttl_ms=0, tenant="acme"),
     "cancel_minimal": CancelRequest(id="a"),
     "cancel_full": CancelRequest(id="7c1d-é", tenant="acme"),
+    "envelope_lease": Envelope(ref="i0_0", id="a", model="m", lease="9a0b1c"),
     "envelope_minimal": Envelope(ref="i0_0", id="a", model="m"),
     "envelope_full": Envelope(
         ref="i3_1024",
@@ -238,6 +245,7 @@ RECORDS: dict[str, msgspec.Struct] = {
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "request": codec.requests.decode,
     "cancel": codec.cancels.decode,
+    "lease": codec.leases.decode,
     "envelope": codec.envelopes.decode,
     "job_data": decode_job_data,
     "chunk": codec.chunks.decode,
@@ -250,7 +258,17 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "block_event": codec.block_events.decode,
     "commit_note": msgspec.json.Decoder(CommitNote).decode,
 }
-MAY_BE_WRONG = {"request", "cancel", "outcome", "chunk", "dead_letter", "identity", "report", "block_event"}
+MAY_BE_WRONG = {
+    "request",
+    "cancel",
+    "lease",
+    "outcome",
+    "chunk",
+    "dead_letter",
+    "identity",
+    "report",
+    "block_event",
+}
 """Records that others may write, or write wrongly."""
 
 every_golden = pytest.mark.parametrize("name", sorted(RECORDS))

@@ -59,10 +59,18 @@ class Request(Struct, frozen=True, kw_only=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     detached: bool = False
     requeued_from: str | None = None
+    lease: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
 
 
 class Cancel(Struct, frozen=True, kw_only=True):
     id: RequestIdText
+    tenant: Annotated[str, Meta(max_length=256)] = ""
+    v: int = 1
+
+
+class Lease(Struct, frozen=True, kw_only=True):
+    lease: Annotated[str, Meta(min_length=1, max_length=128)]
+    ttl_ms: Annotated[int, Meta(ge=0, le=60_000)]
     tenant: Annotated[str, Meta(max_length=256)] = ""
     v: int = 1
 
@@ -84,6 +92,7 @@ class Envelope(Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     session: str = ""
     lora: str = ""
+    lease: str = ""
     v: int = 1
 
 
@@ -158,6 +167,7 @@ class Reason(StrEnum):
     ENGINE_REFUSED = "engine_refused"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
     CLIENT_CANCELLED = "client_cancelled"
+    CLIENT_GONE = "client_gone"
 
 
 class FailureCause(StrEnum):
@@ -315,6 +325,7 @@ class CommitNote(Struct, frozen=True, kw_only=True):
 READERS: dict[str, msgspec.json.Decoder[Any]] = {
     "request": msgspec.json.Decoder(Request),
     "cancel": msgspec.json.Decoder(Cancel),
+    "lease": msgspec.json.Decoder(Lease),
     "envelope": msgspec.json.Decoder(Envelope),
     "job_data": msgspec.json.Decoder(tuple[str, None, tuple[Work], dict[str, Raw]]),
     "chunk": msgspec.json.Decoder(Chunk),
