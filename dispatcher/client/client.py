@@ -142,7 +142,7 @@ class Client:
         most_unfinished: requests without an outcome after which `submit` waits.
         most_finished: ended requests whose answers stay available.
         lease_ttl_s: when given, requests are cancelled once this client left or was silent for as long
-            (1 to 60 s), unless they are `detached`. Without it they go on alone.
+            (3 to 60 s), unless they are `detached`. Without it they go on alone.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from dispatcher.errors import LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.request import MAX_LEASE_TTL_MS, LeaseRecord
 
-MIN_TTL_S = 1.0
+MIN_TTL_S = 3.0
 MAX_TTL_S = MAX_LEASE_TTL_MS / 1000
 PAUSE_S = 0.5
 END_TIMEOUT_S = 3.0

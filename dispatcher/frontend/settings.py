@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import KafkaServers, MaybeRedisUrl
 from dispatcher.backends.topics import MAX_RECORD_BYTES
+from dispatcher.client.lease import MIN_TTL_S
 from dispatcher.protocol.names import POOL_PATTERN
 
 MAX_BODY_BYTES = MAX_RECORD_BYTES - (64 << 10)
@@ -59,7 +60,7 @@ class FrontendSettings(AccessSettings):
         default=15,
         ge=0,
         le=60,
-        description="silence of this frontend after which its requests are cancelled, seconds; 0 for never",
+        description="silence after which its requests are cancelled, 3 to 60 seconds; 0 for never",
     )
     shutdown_grace_s: float = Field(
         default=30, ge=0, le=3600, description="time for running requests to end at a stop, seconds"
@@ -67,6 +68,13 @@ class FrontendSettings(AccessSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level logged"
     )
+
+    @field_validator("lease_ttl_s")
+    @classmethod
+    def _is_none_or_long_enough(cls, ttl_s: float) -> float:
+        if 0 < ttl_s < MIN_TTL_S:
+            raise ValueError(f"expected 0 or at least {MIN_TTL_S:g} seconds, seen {ttl_s:g}")
+        return ttl_s
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -116,8 +116,8 @@ def salvage_identity(data: bytes) -> tuple[str, str] | None:
 
 
 class _OnCancelTopic(msgspec.Struct):
-    id: msgspec.Raw | None = None
-    lease: msgspec.Raw | None = None
+    id: object = None
+    lease: object = None
 
 
 _on_cancel_topic = msgspec.json.Decoder(_OnCancelTopic)

@@ -15,6 +15,8 @@ from dispatcher.protocol.request import MAX_LEASE_TTL_MS
 LeaseKey = tuple[str, str]
 """Tenant and lease."""
 LONGEST_TTL_S = MAX_LEASE_TTL_MS / 1000
+SHORTEST_TTL_S = 3.0
+"""Shorter ones run for as long: a proof may take half of it."""
 MOST_IDLE = 10_000
 
 
@@ -91,9 +93,14 @@ class Leases:
                 del self._ended[next(iter(self._ended))]
             return
         lease = self._lease(key)
-        lease.ttl_s, lease.heard_s = ttl_ms / 1000, None
+        lease.ttl_s, lease.heard_s = max(SHORTEST_TTL_S, ttl_ms / 1000), None
         if not lease.refs:
             self._rest(key)
+
+    def restart(self) -> None:
+        """Let the silence of all begin anew: nobody could write, and who lives needs time to come back."""
+        for lease in self._leases.values():
+            lease.heard_s = None
 
     def prove(self, now_s: float) -> list[tuple[LeaseKey, int]]:
         """End the leases that ran out: whatever was appended until healthy time `now_s` has been heard.

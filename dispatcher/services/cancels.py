@@ -27,8 +27,9 @@ HOLD_S = 60.0
 LOOK_BACK_S = 600.0
 """How much of the topic a new leader reads again: nobody may have led for as long."""
 HELD_LIMIT = 10_000
-PROOF_EVERY_S = 1.0
-LONGEST_PROOF_STEP_S = 3.0
+PROOF_EVERY_S = 0.5
+LONGEST_PROOF_STEP_S = 1.5
+"""Half of the shortest time to live: whoever gives a sign of life each third of it outlives one such step."""
 
 
 class _Log(Protocol):
@@ -169,6 +170,8 @@ class Cancels:
         if await self._log.has_read(ends):
             self._proof = None
             self._healthy.answered(at_s)
+            if not self._healthy.since_trouble_s:
+                leases.restart()
             for (tenant, lease), requests in leases.prove(self._healthy.now_s):
                 self._state.log.info("lease ran out", tenant=tenant, lease=lease, requests=requests)
 

@@ -27,7 +27,7 @@ from dispatcher.protocol import codec
 from dispatcher.protocol.chunk import ChoiceDelta, Chunk, ChunkKind
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import Choice, Outcome, OutcomeKind, Reason, Usage
-from dispatcher.protocol.request import Endpoint, InferenceRequest, Tokens
+from dispatcher.protocol.request import Endpoint, InferenceRequest, LeaseRecord, Tokens
 from dispatcher.protocol.text_hash import text_hashes
 from dispatcher.replay.replay import ReplayResult, ReplaySettings, replay
 from dispatcher.replay.report import summarise
@@ -55,6 +55,8 @@ class OtherSide:
         self._plain: Any = None
         self._leader: Any = None
         self._consumer: Any = None
+        self.lives: list[tuple[int, LeaseRecord]] = []
+        """Signs of life that `record` has passed, and their partitions."""
 
     async def start(self) -> None:
         await create_topics(self.kafka, self.names, partitions=2, replication_factor=1)
@@ -79,8 +81,18 @@ class OtherSide:
         """The next record that clients wrote, and its ref."""
         async with asyncio.timeout(EVENTS_S):
             record = await self._consumer.getone()
+            while record.topic == self.names.cancels and b'"lease"' in record.value:
+                self.lives.append((record.partition, codec.leases.decode(record.value)))
+                record = await self._consumer.getone()
         lane = "b" if record.topic.endswith("batch") else "i"
         return record, f"{lane}{record.partition}_{record.offset}"
+
+    async def has_lived(self, signs: int) -> bool:
+        """Read the next record, a sign of life; whether there were so many."""
+        async with asyncio.timeout(EVENTS_S):
+            record = await self._consumer.getone()
+        self.lives.append((record.partition, codec.leases.decode(record.value)))
+        return len(self.lives) >= signs
 
     async def request(self) -> tuple[InferenceRequest, str]:
         record, ref = await self.record()
@@ -194,6 +206,27 @@ async def a_request_is_sent_as_given(side: OtherSide) -> None:
         assert await client.submit("m", "/v1/completions", raw, id="mine", lane=Lane.BATCH) == "mine"
         request, ref = await side.request()
         assert (bytes(request.body), ref[0]) == (raw, "b")
+
+
+async def a_client_with_a_lease_gives_signs_of_life_until_it_says_goodbye(side: OtherSide) -> None:
+    async with side.client(tenant="acme", lease_ttl_s=3.0) as client:
+        await client.submit("m", Endpoint.COMPLETIONS, BODY)
+        request, _ = await side.request()
+        await client.submit("m", Endpoint.COMPLETIONS, BODY, detached=True)
+        detached, _ = await side.request()
+        assert (detached.detached, detached.lease) == (True, None)
+        await wait_until(lambda: side.has_lived(3), "more signs of life")
+    await wait_until(lambda: side.lives[-1][1].ttl_ms == 0 or side.has_lived(len(side.lives) + 1), "its end")
+    assert {life.lease for _, life in side.lives} == {request.lease}
+    assert {life.tenant for _, life in side.lives} == {"acme"}
+    assert [life.ttl_ms for _, life in side.lives[:-1]] == [3000] * (len(side.lives) - 1)
+    assert len({partition for partition, _ in side.lives}) == 1
+
+
+def test_a_lease_has_bounds() -> None:
+    for ttl_s in (0.0, 2.9, 60.1):
+        with pytest.raises(ValueError, match="lease_ttl_s: expected 3 to 60 s"):
+            Client("nowhere:1", lease_ttl_s=ttl_s)
 
 
 async def a_large_body_travels_by_reference(side: OtherSide) -> None:
@@ -404,6 +437,7 @@ BODIES: list[Body] = [
     a_stream_shows_text_restart_and_end,
     a_slow_reader_gets_more_per_event,
     a_cancel_is_sent,
+    a_client_with_a_lease_gives_signs_of_life_until_it_says_goodbye,
     memory_is_bounded,
     bad_requests_are_refused_before_they_are_sent,
     closing_ends_whoever_waits,

@@ -186,7 +186,8 @@ async def a_chat_is_answered_whole(served: Served) -> None:
         assert (ref[0], tuple(record.headers)) == ("b", (("traceparent", TRACE.encode()),))
         sent = {"model": "m", "messages": MESSAGES, "max_tokens": 3, "top_k": 5, "cache_salt": "blue"}
         assert json.loads(bytes(request.body)) == sent
-        assert msgspec.structs.replace(request, body=msgspec.Raw(b"{}")) == InferenceRequest(
+        assert request.lease
+        assert msgspec.structs.replace(request, body=msgspec.Raw(b"{}"), lease=None) == InferenceRequest(
             id="mine",
             model="m",
             endpoint=Endpoint.CHAT,

@@ -15,12 +15,14 @@ BATCH = 10
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
 def test_nothing_is_lost_and_answered_once(first: int) -> None:
-    resumed_tokens = 0
+    resumed_tokens = clients_gone = 0
     for seed in range(first, first + BATCH):
         result = simulate(seed)
         assert not result.violations, result.explain()
         resumed_tokens += result.resumed_tokens
+        clients_gone += result.clients_gone
     assert resumed_tokens, "no attempt went on from where another ended"
+    assert clients_gone, "no client that left had its requests cancelled"
 
 
 @pytest.mark.parametrize("seed", [3, 11])

@@ -25,6 +25,7 @@ from dispatcher.settings import DispatcherSettings
 from dispatcher.telemetry.logging import Log
 from tests.support.faults import Faults
 from tests.support.invariants import Expectations, Invariants, ObservedRedis
+from tests.support.leasing import LeasingClients
 from tests.support.scripted_engine import MOST_TOKENS, PROMPT_IDS, ScriptedEngine, answer_of
 from tests.support.sim.kafka import SimKafka
 from tests.support.sim.loop import current, run
@@ -72,6 +73,7 @@ class Outcome:
     log: list[str] = field(default_factory=list)
     outcomes: int = 0
     resumed_tokens: int = 0
+    clients_gone: int = 0
     virtual_s: float = 0.0
 
     def explain(self) -> str:
@@ -127,6 +129,7 @@ class Cluster:
             scripts=self._scripts,
         )
         self.workload = Workload(self.names, self.kafka, self.expectations, self.rng, self.note)
+        self.leasing = LeasingClients(self.names, self.kafka, self.network, self.workload, seed + 2)
         self.redis.observer = self.invariants.after_effect
         self._trace = trace
         self._agents: list[CollectorRegistry] = []
@@ -240,22 +243,25 @@ class Cluster:
             self.start_agent(node)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.workload.submit_all())
+            group.create_task(self.leasing.run())
             group.create_task(Faults(self, self.rng).run())
         until = self._loop.time() + SETTLE_S
         while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.25)
         self.invariants.check_end()
         self._check_streams()
+        found, self.result.clients_gone = self.leasing.violations()
+        self.result.violations += found
         self.result.resumed_tokens = sum(
             int(registry.get_sample_value("flexlb_agent_resumed_tokens_total") or 0)
             for registry in self._agents
         )
-        for process in self.processes.values():
+        for process in (*self.processes.values(), *self.leasing.processes):
             for failure in process.failures:
                 self.result.violations.append(f"{process.name} ended by {failure!r}")
         self.result.outcomes = len(self.kafka.committed(self.names.outcomes))
         self.result.virtual_s = self._loop.time()
-        for process in self.processes.values():
+        for process in (*self.processes.values(), *self.leasing.processes):
             if process.is_alive:
                 process.kill()
         return self.result

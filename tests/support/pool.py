@@ -224,6 +224,11 @@ class Pool:
         value = json.dumps({"id": id, "tenant": tenant}).encode()
         await self._producer.send_and_wait(self.names.cancels, value, key=id.encode())
 
+    async def live(self, lease: str, *, ttl_ms: int, tenant: str = "") -> None:
+        """Append a sign of life of a lease, or its end."""
+        value = json.dumps({"lease": lease, "ttl_ms": ttl_ms, "tenant": tenant}).encode()
+        await self._producer.send_and_wait(self.names.cancels, value, partition=0)
+
     def of(self, id: str, tenant: str = "") -> list[Outcome]:
         """The outcomes of an id so far."""
         return [outcome for outcome in self.outcomes if (outcome.tenant, outcome.id) == (tenant, id)]

@@ -61,7 +61,7 @@ class ScriptedEngine:
         tokens = first + int(asked["max_tokens"])
         fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
         await asyncio.sleep(rng.uniform(0.005, 0.2))
-        step_s = rng.choice([0.002, 0.01, 0.05])
+        step_s = asked.get("pace_s") or rng.choice([0.002, 0.01, 0.05])
         for number in range(first, tokens):
             if number == fails_at:
                 causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.scheduling.leases import LONGEST_TTL_S, LeaseKey, Leases
+from dispatcher.scheduling.leases import LONGEST_TTL_S, SHORTEST_TTL_S, LeaseKey, Leases
 
 A: LeaseKey = ("acme", "a")
 B: LeaseKey = ("acme", "b")
@@ -58,10 +58,10 @@ def test_an_end_counts_at_once_and_for_requests_that_are_read_later() -> None:
 
 def test_a_request_after_the_lease_ran_out_is_a_client_that_came_back() -> None:
     leases = Leases()
-    leases.hear(A, 1_000)
+    leases.hear(A, 3_000)
     leases.hold("i0_1", A)
     leases.prove(0.0)
-    leases.prove(1.0)
+    leases.prove(3.0)
     leases.hold("i0_2", A)
     assert list(leases.orphans) == ["i0_1"]
 
@@ -98,18 +98,42 @@ def test_a_request_that_was_repeated_without_a_lease_depends_on_none(is_held: bo
 
 def test_what_is_remembered_is_bounded_and_forgetting_cancels_nobody() -> None:
     leases = Leases(most_idle=10)
-    leases.hear(A, 1_000)
+    leases.hear(A, 3_000)
     leases.hold("i0_1", A)
     for number in range(100):
-        leases.hear(("acme", f"idle{number}"), 1_000)
+        leases.hear(("acme", f"idle{number}"), 3_000)
         leases.hear(("acme", f"ended{number}"), 0)
     assert len(leases) == 11
     leases.hold("i0_2", ("acme", "ended0"))
     leases.hold("i0_3", ("acme", "idle0"))
     leases.prove(0.0)
-    leases.prove(1.0)
+    leases.prove(3.0)
     assert list(leases.orphans) == ["i0_1"]
     for ref in ("i0_1", "i0_2", "i0_3"):
         leases.drop(ref)
     leases.prove(LONGEST_TTL_S + 1)
     assert len(leases) == 0
+
+
+def test_trouble_starts_the_silence_of_all_anew() -> None:
+    leases = Leases()
+    leases.hear(A, 3_000)
+    leases.hold("i0_1", A)
+    leases.prove(0.0)
+    leases.restart()
+    leases.prove(10.0)
+    leases.prove(12.9)
+    assert not leases.orphans
+    leases.prove(13.0)
+    assert list(leases.orphans) == ["i0_1"]
+
+
+def test_too_short_a_time_to_live_is_made_longer() -> None:
+    leases = Leases()
+    leases.hear(A, 1)
+    leases.hold("i0_1", A)
+    leases.prove(0.0)
+    leases.prove(SHORTEST_TTL_S - 0.1)
+    assert not leases.orphans
+    leases.prove(SHORTEST_TTL_S)
+    assert list(leases.orphans) == ["i0_1"]

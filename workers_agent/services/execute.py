@@ -285,9 +285,17 @@ class Executor:
         return Ending(job=job, kind="outcome", ref=work.ref, id=work.id, payload=payload), reason.value
 
     def _seconds_left(self, work: Work) -> float | None:
+        """Time until the deadline.
+
+        Raises:
+            TimeoutError: it has passed; a timeout would let it run as far as to its first wait.
+        """
         if not work.deadline_at_ms:
             return None
-        return (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
+        left_s = (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
 
     async def _generate(
         self, job: str, attempt: Attempt, work: Work, answer: Answer, stream: ReplyStream, checkpoint: bytes
