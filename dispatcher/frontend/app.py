@@ -27,6 +27,7 @@ from dispatcher.client import Client
 from dispatcher.errors import LogUnavailable
 from dispatcher.frontend.api_keys import ApiKeys
 from dispatcher.frontend.exchange import RESTARTED, STOPPING, Exchange, Question, problem_response
+from dispatcher.frontend.listener import Listener
 from dispatcher.frontend.metrics import FrontendMetrics
 from dispatcher.frontend.models import Models
 from dispatcher.frontend.openai import model_of, models_of, read_ask
@@ -43,6 +44,8 @@ HEALTH_TIMEOUT_S = 3.0
 CANCEL_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 75.0
 CLOSE_S = 1.0
+LINGER_S = 0.5
+"""How long a request may be on its way over a connection that was accepted before a stop."""
 REMEMBERED_IDS = 100_000
 """Ids given by clients that are remembered, so that one used again gets an end of its own."""
 
@@ -85,6 +88,7 @@ class Frontend:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._is_draining = False
+        self._is_over = False
         self._seen_ids: dict[tuple[str, str], None] = {}
         self._kafka_works: tuple[float, bool] = (float("-inf"), False)
         self._asking = asyncio.Lock()
@@ -136,6 +140,7 @@ class Frontend:
         app.router.add_get("/v1/models/{id:.+}", self._one_model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._show_metrics)
+        app.on_response_prepare.append(self._say_goodbye)
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -145,20 +150,27 @@ class Frontend:
         )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, self._settings.host, self._settings.port).start()
-        self.port = int(runner.addresses[0][1])
+        assert runner.server is not None, "a runner has its server once it is set up"
+        self._listener = Listener(runner.server)
+        self.port = await self._listener.start(self._settings.host, self._settings.port)
+        self._stack.push_async_callback(self._listener.stop)
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more requests, wait for those that run, and end what still runs after the grace.
+        """Take no more connections, answer what comes over those there are, and end what still runs
+        after the grace.
 
-        It goes on listening, so that `/health` says 503 to whoever balances load.
+        Whoever connects is refused, and may ask elsewhere; who is connected gets an answer and the end of
+        the connection with it.
         """
         self._is_draining = True
         try:
             async with asyncio.timeout(grace_s):
+                await self._listener.stop()
+                await asyncio.sleep(LINGER_S)
                 await self._is_idle.wait()
         except TimeoutError:
             self._log.warning("requests cut off", count=len(self._exchanges))
+        self._is_over = True
         for exchange in list(self._exchanges):
             exchange.stop()
         try:
@@ -181,6 +193,12 @@ class Frontend:
         except web.HTTPException as error:
             message = f"{request.method} {request.path}: {error.reason}"
             return problem_response(Problem(status=error.status, message=message), shown_id)
+
+    async def _say_goodbye(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Let a connection end with its answer while stopping."""
+        if self._is_draining:
+            response.force_close()
+            response.headers["Connection"] = "close"  # its headers are made already
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         """Answer one request, and count and log how that went."""
@@ -209,9 +227,9 @@ class Frontend:
         """Hold one of the places for requests in flight.
 
         Raises:
-            Refused: 503 while stopping, 429 when all are taken.
+            Refused: 503 when the grace of a stop is over, 429 when all are taken.
         """
-        if self._is_draining:
+        if self._is_over:
             raise Refused(STOPPING)
         if self._in_flight >= self._settings.max_in_flight:
             raise refused(

@@ -40,7 +40,8 @@ class StackSettings:
     Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
     0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
     `redis_urls` gives some members, by name, another way to the same Redis.
-    `frontend_port`: where the OpenAI API is served, 0 for any free port, None for nowhere.
+    `frontend_port`: where the first of `frontends` serves the OpenAI API, 0 for any free port, None for
+    nowhere; the others have any.
     """
 
     nodes: int = 4
@@ -62,6 +63,7 @@ class StackSettings:
     engine_flags: tuple[str, ...] = ()
     time_scale: float = 1.0
     frontend_port: int | None = None
+    frontends: int = 1
 
 
 class Member:
@@ -313,11 +315,11 @@ class LocalStack:
             return ["--redis", redis, "--kafka", self.kafka, "--pool", settings.pool]
 
         if settings.frontend_port is not None:
-            frontend = Member(
-                "frontend-1", folder, "dispatcher frontend", "--port", port=settings.frontend_port
-            )
-            frontend.arguments = common(frontend.name)
-            self.frontends.append(frontend)
+            ports = [settings.frontend_port, *([0] * (settings.frontends - 1))]
+            for number, port in enumerate(ports, 1):
+                frontend = Member(f"frontend-{number}", folder, "dispatcher frontend", "--port", port=port)
+                frontend.arguments = common(frontend.name)
+                self.frontends.append(frontend)
         for number in range(1, settings.dispatchers + 1):
             member = Member(f"dispatcher-{number}", folder, "dispatcher dispatcher", "--metrics-port")
             member.arguments = [*common(member.name), "--policy", settings.policy, *settings.dispatcher_flags]

@@ -630,24 +630,95 @@ async def named_models_are_listed(served: Served) -> None:
             await client.models.retrieve("c")
 
 
+@asynccontextmanager
+async def connected(served: Served) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client with one connection to the frontend, which it keeps."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as http:
+        async with http.get(served.url + "/health") as response:
+            assert (response.status, (await response.json())["ok"]) == (200, True)
+        yield http
+
+
+async def is_refused(served: Served) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.frontend.port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
 async def a_stop_lets_running_requests_end_and_then_cuts_them_off(served: Served) -> None:
     side = served.side
-    async with served.http.get(served.url + "/health") as response:
-        assert (response.status, (await response.json())["ok"]) == (200, True)
     ending, lasting = served.begin(served.post(BODY)), served.begin(served.post({**BODY, "stream": True}))
     found = [await side.request() for _ in range(2)]
     by_stream = {b"stream" in bytes(request.body): (request, ref) for request, ref in found}
-    draining = served.begin(served.frontend.drain(1.0))
-    await wait_until(lambda: is_unwell(served), "the health to say 503")
-    assert (await served.refused(503))["code"] == "stopping"
-    request, ref = by_stream[False]
+    async with connected(served) as asks, connected(served) as looks:
+        draining = served.begin(served.frontend.drain(2.0))
+        await wait_until(lambda: is_refused(served), "new connections to be refused")
+        async with looks.get(served.url + "/health") as response:
+            assert (response.status, response.headers["Connection"]) == (503, "close")
+        # Who is connected is answered, and then is no more.
+        late = served.begin(asks.post(served.url + "/v1/completions", json=BODY))
+        for request, ref in (await side.request(), by_stream[False]):
+            await side.publish(completed(request.id, ref))
+        async with await late as response:
+            assert (response.status, response.headers["Connection"]) == (200, "close")
+        assert (await ending)[0] == 200
+        assert not draining.done()
+        status, answer, _ = await lasting
+        assert (status, answer["error"]["code"]) == (503, "stopping")
+        await draining
+        await served.cancelled(by_stream[True][0].id)
+
+
+async def a_detached_request_goes_on_without_its_client(served: Served) -> None:
+    leaving = served.begin(served.post(BODY, X_FlexLB_Detached="true"))
+    request, _ = await served.side.request()
+    assert (request.detached, request.lease) == (True, None)
+    leaving.cancel()
+    await wait_until(lambda: served.metric("flexlb_frontend_disconnects_total 1.0"), "it to be seen")
+    staying = served.begin(served.post(BODY, X_FlexLB_Detached="False"))
+    # The next record is the next request, not a cancel.
+    request, ref = await served.side.request()
+    assert (request.detached, bool(request.lease)) == (False, True)
+    await served.side.publish(completed(request.id, ref))
+    assert (await staying)[0] == 200
+    assert "true or false" in (await served.refused(400, X_FlexLB_Detached="1"))["message"]
+
+
+def raw_request(**fields: Any) -> bytes:
+    """A POST as it goes over the wire, on a connection that is kept."""
+    body = json.dumps({**BODY, **fields}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@settings(max_in_flight=8)
+async def a_client_that_leaves_a_kept_connection_cancels_what_runs_on_it(served: Served) -> None:
+    side = served.side
+    for is_streamed in (False, True):
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.frontend.port)
+        writer.write(raw_request())
+        request, ref = await side.request()
+        await side.publish(completed(request.id, ref))
+        assert b"200 OK" in await reader.readuntil(b"\r\n")
+        # Two at once: the second waits behind the first, and is never begun.
+        writer.write(raw_request(stream=is_streamed) + raw_request(prompt="pipelined"))
+        running, ref = await side.request()
+        if is_streamed:
+            await side.chunk(running.id, ref, ATTEMPT, ChunkKind.BEGIN)
+            await side.chunk(running.id, ref, ATTEMPT, ChunkKind.TOKENS, "ab")
+            await reader.readuntil(b"event-stream")
+        writer.close()
+        await served.cancelled(running.id)
+    await wait_until(lambda: served.metric("flexlb_frontend_in_flight 0.0"), "the places to be free")
+    assert await served.metric("flexlb_frontend_disconnects_total 2.0")
+    asking = served.begin(served.post(BODY))
+    request, ref = await side.request()
+    assert json.loads(bytes(request.body))["prompt"] == "hello"
     await side.publish(completed(request.id, ref))
-    assert (await ending)[0] == 200
-    assert not draining.done()
-    status, answer, _ = await lasting
-    assert (status, answer["error"]["code"]) == (503, "stopping")
-    await draining
-    await served.cancelled(by_stream[True][0].id)
+    assert (await asking)[0] == 200
 
 
 async def is_unwell(served: Served) -> bool:
@@ -678,6 +749,8 @@ BODIES: list[Body] = [
     a_key_is_a_tenant,
     named_models_are_listed,
     a_stop_lets_running_requests_end_and_then_cuts_them_off,
+    a_detached_request_goes_on_without_its_client,
+    a_client_that_leaves_a_kept_connection_cancels_what_runs_on_it,
 ]
 every_body = pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 
