@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import failover, hops, latency
+from tests.bench import cancel, failover, hops, latency
 from tests.bench.machine import describe_machine
 
-BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run}
+BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run, "cancel": cancel.run}
 
 
 def main() -> int:

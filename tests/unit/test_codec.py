@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import ENTRY_POINT, Work, decode_job_data, encode_job_data
 from dispatcher.protocol.codec import Codec, MalformedRecord, UnsupportedVersion
 from dispatcher.protocol.outcome import Outcome, OutcomeKind, Reason
-from dispatcher.protocol.request import Endpoint, InferenceRequest
+from dispatcher.protocol.request import CancelRequest, Endpoint, InferenceRequest, LeaseRecord
 
 CODECS: dict[str, Codec[Any]] = {
     "request": codec.requests,
@@ -339,3 +340,26 @@ def test_foreign_job_data_is_refused(data: bytes) -> None:
 def test_job_data_of_others_is_refused_and_never_run(data: bytes) -> None:
     with pytest.raises(ValueError, match="job data: expected"):
         decode_job_data(data)
+
+
+def test_a_record_of_the_cancel_topic_is_a_cancel_or_a_sign_of_life() -> None:
+    assert codec.decode_cancel(b'{"id": "a", "tenant": "lease"}') == CancelRequest(id="a", tenant="lease")
+    assert codec.decode_cancel(b'{"id": "a", "lease": "x"}') == CancelRequest(id="a")
+    assert codec.decode_cancel(b'{"lease": null, "id": "a"}') == CancelRequest(id="a")
+    assert codec.decode_cancel(b'{"lease": "x", "ttl_ms": 0}') == LeaseRecord(lease="x", ttl_ms=0)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"{", "CancelRequest: "),
+        (b"{}", "CancelRequest: Object missing required field `id`"),
+        (b'{"lease": "x"}', "LeaseRecord: Object missing required field `ttl_ms`"),
+        (b'{"lease": 5, "ttl_ms": 0}', "LeaseRecord: Expected `str`, got `int` - at `$.lease`"),
+        (b'{"lease": "x", "ttl_ms": 60001}', "LeaseRecord: Expected `int` <= 60000 - at `$.ttl_ms`"),
+        (b'{"lease": "x", "ttl_ms": 0, "v": 99}', "LeaseRecord: version 99 is newer"),
+    ],
+)
+def test_a_wrong_record_of_the_cancel_topic_is_refused_in_words(record: bytes, message: str) -> None:
+    with pytest.raises(codec.MalformedRecord, match=re.escape(message)):
+        codec.decode_cancel(record)
