@@ -322,7 +322,6 @@ ENDINGS: list[tuple[OutcomeKind, Reason, int, int]] = [
     (OutcomeKind.FAILED, Reason.ENGINE_REFUSED, 500, 502),
     (OutcomeKind.FAILED, Reason.ATTEMPTS_EXHAUSTED, 0, 502),
     (OutcomeKind.CANCELLED, Reason.CLIENT_CANCELLED, 0, 499),
-    (OutcomeKind.CANCELLED, Reason.CLIENT_GONE, 0, 503),
 ]
 
 
