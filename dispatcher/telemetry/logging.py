@@ -1,7 +1,8 @@
 """Structured logs: one JSON object a line on stderr, or short text on a terminal.
 
 `event` names what happened, in words that do not change; everything else is a field. Prompts,
-completions and secrets are never fields.
+completions and secrets are never fields. Lines of libraries are rationed: a Kafka client whose broker is away
+would write a hundred a second.
 """
 
 from __future__ import annotations
@@ -10,6 +11,40 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
+
+RATION_S = 10.0
+"""The same line of a library (its logger, level and text without arguments) is written once in so long."""
+MOST_RATIONED = 1000
+
+
+class Ration(logging.Filter):
+    """Lets a library's line pass once in `period_s`, with the number of its like held back since."""
+
+    def __init__(
+        self, period_s: float = RATION_S, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__()
+        self._period_s = period_s
+        self._monotonic = monotonic
+        self._passed_s: dict[tuple[str, int, str], float] = {}
+        self._held: dict[tuple[str, int, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write a line; ours always are."""
+        if record.name == "flexlb":
+            return True
+        kind, now_s = (record.name, record.levelno, str(record.msg)), self._monotonic()
+        if now_s - self._passed_s.get(kind, -self._period_s) < self._period_s:
+            self._held[kind] = self._held.get(kind, 0) + 1
+            return False
+        if len(self._passed_s) >= MOST_RATIONED:
+            self._passed_s.clear()
+            self._held.clear()
+        self._passed_s[kind] = now_s
+        if held := self._held.pop(kind, 0):
+            record.fields = {"held_back": held, "in_s": self._period_s}
+        return True
 
 
 class _JSONLines(logging.Formatter):
@@ -39,6 +74,7 @@ def configure_logging(level: str = "INFO") -> None:
     """Send all logs to stderr in our form."""
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(_Text() if sys.stderr.isatty() else _JSONLines())
+    stream.addFilter(Ration())
     root = logging.getLogger()
     root.handlers[:] = [stream]
     root.setLevel(logging.WARNING)

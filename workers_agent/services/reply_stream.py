@@ -2,7 +2,8 @@
 
 The first tokens go out at once, later ones share a chunk per interval, the last go out at once. At
 most a few chunks are unacknowledged; when Kafka refuses one for a while, all of them are written
-again in order (readers drop what overlaps).
+again in order (readers drop what overlaps). While Kafka takes nothing a bounded number of tokens gathers,
+then the engine's stream is read no further: what it generates meanwhile waits in the engine's own buffers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from workers_agent.engines.engine import Piece
 from workers_agent.metrics import AgentMetrics
 
 MOST_UNACKNOWLEDGED = 32
+MOST_GATHERED_TOKENS = 512
+"""Far above what comes between two flushes, and a chunk of so many is far below what topics take."""
 PAUSE_S = 0.2
 REST_S = 1.0
 
@@ -101,7 +104,10 @@ class ReplyStream:
                     await self._settle(0)
 
     async def add(self, piece: Piece) -> None:
-        """Take what the engine gave; the first tokens go out at once."""
+        """Take what the engine gave; the first tokens go out at once.
+
+        Waits while more has gathered than Kafka takes.
+        """
         if self.failure is not None:
             raise self.failure
         for delta in piece.choices:
@@ -110,7 +116,7 @@ class ReplyStream:
                 self.keeps_checkpoint = False
         is_first = not self._has_written
         self._tokens += piece.tokens
-        if is_first and self._texts:
+        if self._texts and (is_first or self._tokens >= MOST_GATHERED_TOKENS):
             await self.flush()
         elif self._texts:
             self._pacer.later(self)
