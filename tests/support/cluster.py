@@ -96,12 +96,17 @@ class _Silent(Log):
 
 
 class Cluster:
-    """One seed's cluster."""
+    """One seed's cluster.
+
+    Args:
+        nodes: their names; as the seed decides by default.
+    """
 
     def __init__(
         self,
         seed: int,
         *,
+        nodes: Sequence[str] = (),
         scripts: dict[str, str] | None = None,
         trace: Callable[[str], None] | None = None,
         logs: bool = False,
@@ -111,7 +116,8 @@ class Cluster:
         self.result = Outcome(seed=seed)
         self.names = Names(POOL)
         self.dispatchers: Sequence[str] = DISPATCHERS[: self.rng.choice([2, 2, 3])]
-        self.nodes: Sequence[str] = NODES[: self.rng.choice([2, 2, 3, 4])]
+        self.nodes: Sequence[str] = nodes or NODES[: self.rng.choice([2, 2, 3, 4])]
+        self.settings = DISPATCHER
         self._scripts = scripts or {}
         loop = current()
         profile = CALM if self.rng.random() < 0.3 else ROUGH
@@ -164,7 +170,7 @@ class Cluster:
         process = self.network.process(name)
         self.processes[name] = process
         dispatcher = Dispatcher(
-            DISPATCHER,
+            self.settings,
             redis=lambda: self.redis.client(process),
             kafka=self.kafka.clients(process),
             clock=process.clock,
@@ -190,12 +196,15 @@ class Cluster:
         self._agents.append(registry)
         return registry
 
+    def engine_of(self, node: str) -> ScriptedEngine:
+        """A new engine for a node's agent."""
+        return ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1)
+
     def start_agent(self, node: str) -> None:
         """Start an agent process with its engine."""
         process = self.network.process(f"agent-{node}")
         self.processes[node] = process
-        engine = ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1)
-        self.engines[node] = engine
+        engine = self.engines[node] = self.engine_of(node)
         self._stops[node] = asyncio.Event()
         agent = Agent(
             _agent_settings(node),

@@ -38,6 +38,11 @@ class ScriptedEngine:
         self._down_until_s = current().time() + seconds
         self._crashes += 1
 
+    @property
+    def crashes(self) -> int:
+        """How often it was crashed."""
+        return self._crashes
+
     def _check(self, crashes: int) -> None:
         if crashes != self._crashes or not self._is_up():
             raise EngineFailure(FailureCause.CONNECT, "the simulated engine crashed")
@@ -50,7 +55,8 @@ class ScriptedEngine:
         rng = self._rng
         self.runs.append(work.ref)
         crashes = self._crashes
-        self._check(crashes)
+        if not self._is_up():
+            raise EngineFailure(FailureCause.CONNECT, "the simulated engine is down", reached=False)
         asked = json.loads(body)
         first, prompt = 0, asked["prompt"]
         if isinstance(prompt, list):
