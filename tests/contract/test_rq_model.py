@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -259,6 +260,95 @@ async def test_rq_info_shows_queues_and_workers(scene: Scene, valkey: ValkeyServ
     assert "1 workers, 1 queues" in text
     raw = await rq_command(valkey.url, "info", "--raw", "--only-queues")
     assert raw.startswith(f"queue {name} 2, 1 executing")
+
+
+# RQ's failed registry shows what failed, and its requeue runs nothing
+
+
+async def fail_and_retry(scene: Scene, offset: int, number: int) -> JobId:
+    """An attempt that failed and shall be bound again; returns its job, which is a record now."""
+    (job,) = await scene.assign(offset)
+    assert await scene.claim(number, 1) == [str(job)]
+    failed = Ending(job=str(job), kind="failed", ref=str(job.ref), id=f"r{offset}", payload=b"{}")
+    assert await scene.node.complete("agent", [failed]) == ["ok"]
+    entry = (await scene.client.xrevrange(scene.names.closing, count=1))[0][0]
+    retry = RetryItem(
+        entry=entry,
+        job=job,
+        not_before_ms=0,
+        failures=1,
+        excluded=(NODE,),
+        cause="connect",
+        error=f"connect: nobody listens\nattempt {job.attempt} at {NODE}",
+    )
+    assert await scene.leader.retry([retry], now_iso=NOW_ISO) == ["ok"]
+    return job
+
+
+async def test_rq_shows_failed_attempts_with_their_cause(
+    scene: Scene, queue: Queue, valkey: ValkeyServer
+) -> None:
+    jobs = [await fail_and_retry(scene, offset, offset + 1) for offset in range(2)]
+    registry = FailedJobRegistry(queue=queue)
+    assert sorted(registry.get_job_ids()) == sorted(map(str, jobs))
+    job = Job.fetch(str(jobs[0]), connection=queue.connection, serializer=JSONSerializer)
+    assert job.get_status() is JobStatus.FAILED
+    assert job.origin == queue.name
+    assert job.func_name == ENTRY_POINT
+    assert job.args == [{"ref": "i0_0"}]
+    assert job.description == f"flexlb i0_0 attempt {jobs[0].attempt} failed"
+    assert job.ended_at is not None
+    with pytest.deprecated_call():
+        assert job.exc_info == f"connect: nobody listens\nattempt {jobs[0].attempt} at {NODE}"
+    expires_s = registry.get_expiration_time(job).timestamp() - time.time()
+    assert 86_000 < expires_s <= 86_400
+    text = await rq_command(valkey.url, "info")
+    (line,) = [line for line in text.splitlines() if line.startswith(queue.name) and "|" in line]
+    assert "2 failed" in line
+
+
+@pytest.mark.parametrize("by", ["class", "command", "command_for_all"])
+async def test_requeueing_a_failed_attempt_runs_and_answers_nothing(
+    scene: Scene, queue: Queue, valkey: ValkeyServer, by: str
+) -> None:
+    record = await fail_and_retry(scene, 0, 1)
+    match by:
+        case "class":
+            FailedJobRegistry(queue=queue).requeue(str(record))
+        case "command":
+            await rq_command(valkey.url, "requeue", "--queue", queue.name, str(record))
+        case _:
+            await rq_command(valkey.url, "requeue", "--queue", queue.name, "--all")
+    assert queue.job_ids == [str(record)]
+    assert FailedJobRegistry(queue=queue).count == 0
+    assert 0 < await scene.client.pttl(scene.names.job(record)) <= 86_400_000
+    answer = await scene.node.claim("agent", 2, 10, now_iso=NOW_ISO)
+    assert (answer.jobs, answer.foreign) == ((), (str(record),))
+    assert queue.count == 0
+    assert await scene.closing() == []
+    assert await scene.node.complete(
+        "agent", [Ending(job=str(record), kind="outcome", ref="i0_0", id="r0", payload=b"{}")]
+    ) == ["lost"]
+    again = AssignItem(job=scene.job(0, n=2), incarnation="agent", cost_tokens=10, from_pending=True)
+    ((bound, _),) = await scene.leader.assign([again], {}, now_iso=NOW_ISO)
+    assert bound == "ok"
+    assert await scene.claim(3, 10) == [str(again.job)]
+
+
+@pytest.mark.kafka
+async def test_a_stock_worker_does_not_run_a_requeued_failed_attempt(
+    scene: Scene, queue: Queue, valkey: ValkeyServer, kafka: KafkaAddress, kafka_clients: KafkaClients
+) -> None:
+    await create_topics(kafka_clients, scene.names, partitions=1, replication_factor=1)
+    record = await fail_and_retry(scene, 0, 1)
+    FailedJobRegistry(queue=queue).requeue(str(record))
+    async with simulated_engine() as engine_url:
+        log = await burst(scene, valkey, kafka, engine_url, "rq.SimpleWorker")
+    job = Job.fetch(str(record), connection=queue.connection, serializer=JSONSerializer)
+    assert "flexlb dead requeue" in str(job.return_value()), log
+    assert await scene.closing() == []
+    assert await chunks_of(kafka_clients, scene.names, "r0") == []
+    assert [job.ref for job in (await scene.view.ledger()).jobs] == ["i0_0"]
 
 
 # Nothing pickled is ever run

@@ -1188,6 +1188,94 @@ async def test_a_retry_without_its_job_keeps_the_entry(stage: Stage) -> None:
     assert len(await stage.closing()) == 1
 
 
+@everywhere
+async def test_a_retry_remembers_under_whom_engines_died(stage: Stage) -> None:
+    leader, _, entry = await failed_attempt(stage)
+    retry = RetryItem(
+        entry=entry,
+        job=job_id(0),
+        not_before_ms=0,
+        failures=1,
+        excluded=("n",),
+        crashed=("n", "m"),
+        cause="truncated",
+    )
+    assert await leader.retry([retry]) == ["ok"]
+    (pending,) = (await stage.view.ledger()).jobs
+    assert (pending.crashed, pending.cause) == (("n", "m"), "truncated")
+    await assign(leader, item(0, n=2, from_pending=True))
+    assert await leader.requeue("n", "fence", "x", "node_lost") is not None
+    (moved,) = (await stage.view.ledger()).jobs
+    assert (moved.crashed, moved.cause) == (("n", "m"), "node_lost")
+
+
+def recorded(entry: bytes, *, offset: int = 0, error: str = "connect: refused") -> RetryItem:
+    """A failed attempt that goes back to pending and into RQ's failed registry."""
+    return RetryItem(
+        entry=entry,
+        job=job_id(offset),
+        not_before_ms=0,
+        failures=1,
+        excluded=(),
+        cause="connect",
+        error=error,
+    )
+
+
+@everywhere
+async def test_the_record_of_a_failed_attempt_is_in_no_place_wherever_rq_puts_it(stage: Stage) -> None:
+    leader, node, entry = await failed_attempt(stage)
+    names, record = stage.names, str(job_id(0))
+    assert await leader.retry([recorded(entry)], now_iso=NOW_ISO) == ["ok"]
+    assert await leader.retry([recorded(entry)], now_iso=NOW_ISO) == ["already"]
+    assert await stage.client.zrange(names.failed("n"), 0, -1) == [record.encode()]
+    assert await stage.client.hget(names.job(record), "exc_info") == b"connect: refused"
+    for key in (names.failed("n"), names.job(record)):
+        assert 0 < await stage.client.pttl(key) <= 86_400_000
+    cancel = CloseItem(place="job", ref=job_id(0).ref, kind="outcome", id="r0", payload=b"p", job=job_id(0))
+    assert await leader.close([cancel]) == ["already"], "its registry is no place"
+    await stage.client.rpush(names.queue_key("n"), record)
+    assert await leader.close([cancel]) == ["already"], "nor is its queue"
+    assert [job.ref for job in (await stage.view.ledger()).jobs] == ["i0_0"]
+    claimed = await node.claim("x", 2, 5, now_iso=NOW_ISO)
+    assert (claimed.jobs, claimed.foreign) == ((), (record,))
+    await stage.client.rpush(names.queue_key("n"), record)
+    for mode in ("queued", "fence"):
+        assert await leader.requeue("n", mode, "x", "draining") == []
+    assert await stage.places() == ["pending"]
+
+
+@everywhere
+async def test_an_attempt_that_failed_for_good_leaves_its_record_too(stage: Stage) -> None:
+    leader, _, entry = await failed_attempt(stage)
+    job = str(job_id(0))
+    for _ in range(2):
+        await leader.settle({0: 7}, [(entry, job)], errors={job: "refused: no"}, now_iso=NOW_ISO)
+    assert await stage.closing() == []
+    assert await stage.client.zrange(stage.names.failed("n"), 0, -1) == [job.encode()]
+    fields = await stage.client.hgetall(stage.names.job(job))
+    assert (fields[b"exc_info"], fields[b"status"]) == (b"refused: no", b"failed")
+    assert b"envelope" not in fields
+    assert await stage.view.stored_job(job) is None
+
+
+@everywhere
+async def test_the_newest_records_are_kept_and_no_living_job_is_deleted_with_the_others(stage: Stage) -> None:
+    leader, _, entry = await failed_attempt(stage)
+    names = stage.names
+    await assign(leader, item(1))
+    old = [str(job_id(1)), *(str(job_id(offset)) for offset in range(1000, 1200))]
+    await stage.client.zadd(names.failed("n"), {job: number for number, job in enumerate(old)})
+    for job in old[1:]:
+        await stage.client.hset(names.job(job), "data", "record")
+    assert await leader.retry([recorded(entry)], now_iso=NOW_ISO) == ["ok"]
+    kept = [job.decode() for job in await stage.client.zrange(names.failed("n"), 0, -1)]
+    assert kept == [*old[2:], str(job_id(0))]
+    assert not await stage.client.exists(names.job(old[1]))
+    assert await stage.client.exists(names.job(old[2]))
+    assert await stage.view.stored_job(str(job_id(1))) is not None
+
+
 # close, settle
 
 
