@@ -66,7 +66,7 @@ COMMANDS = (
     Command(
         name="dead",
         text="list dead letters, show why each died, send its record again, purge",
-        module="dispatcher.dead",
+        module="dispatcher.dead.command",
     ),
     Command(
         name="config",

@@ -160,11 +160,20 @@ async def test_every_script_runs_as_its_user(guarded: Guarded) -> None:
     entries, generation = await view.read_closing(b"0-0", block_ms=10, count=10)
     assert [entry.fields[b"kind"] for entry in entries] == [b"outcome", b"failed"]
     assert generation is not None
-    await leader.settle({0: 1}, [(entries[0].id, "")])
+    dead = str(job(names, 0))
+    await leader.settle({0: 1}, [(entries[0].id, dead)], errors={dead: "poison: no"}, now_iso=NOW_ISO)
     retry = RetryItem(
-        entry=entries[1].id, job=job(names, 1), not_before_ms=0, failures=1, excluded=(), cause="engine_error"
+        entry=entries[1].id,
+        job=job(names, 1),
+        not_before_ms=0,
+        failures=1,
+        excluded=(),
+        crashed=(NODE,),
+        cause="engine_error",
+        error="engine_error: no",
     )
-    assert await leader.retry([retry]) == ["ok"]
+    await guarded.client().zadd(names.failed(NODE), {f"old{n}": n for n in range(300)})
+    assert await leader.retry([retry], now_iso=NOW_ISO) == ["ok"]
     again = await leader.assign([bound(names, 1, n=2, again=True)], {}, now_iso=NOW_ISO)
     assert [answer for answer, _ in again] == ["ok"]
 
@@ -268,6 +277,8 @@ OF_OTHERS = (
     "HSET {other_job} data x",
     "DEL {other_job}",
     "EXISTS {other_job}",
+    "ZADD {failed} 1 x",
+    "ZREM {failed} x",
     "ZADD {other_claimed} 1 x",
     "ZREM {other_claimed} x",
     "HSET {other_node} fenced x",
@@ -311,6 +322,7 @@ async def test_agent_is_refused_what_is_not_its_node_s(guarded: Guarded, command
     names = guarded.names
     keys = {
         "queue": names.queue_key(NODE),
+        "failed": names.failed(NODE),
         "other_queue": names.queue_key(OTHER),
         "other_job": names.job(job(names, 0, OTHER)),
         "other_claimed": names.claimed(OTHER),

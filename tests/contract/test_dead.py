@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,12 +13,13 @@ from aiokafka import TopicPartition
 from aiokafka.admin import RecordsToDelete
 
 from dispatcher.backends.connect import KafkaClients
-from dispatcher.dead import configure_dead, run_dead, sent_again
+from dispatcher.dead.again import sent_again
+from dispatcher.dead.command import configure_dead, run_dead
 from dispatcher.errors import LogUnavailable, SettingsError
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Ref
-from dispatcher.protocol.outcome import FailureCause, OutcomeKind
+from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
 from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
@@ -107,6 +109,46 @@ async def test_a_dead_request_is_listed_shown_and_sent_again(served: Pool, opera
     record = await original(served, Ref.parse(outcome.ref))
     assert (record.requeued_from, record.priority) == (ref, 70)
     assert len(served.of("r1")) == 1
+
+
+@pytest.mark.kafka
+async def test_poison_is_told_by_its_crashes_and_is_not_sent_again_by_the_way(
+    served: Pool, operator: Operator
+) -> None:
+    nodes = [ScriptedNode(served, name) for name in ("n1", "n2")]
+    async with served.running(nodes[0]), served.running(nodes[1]):
+        for number in itertools.count():
+            await served.append(request(f"warm{number}"))
+            await served.outcome(f"warm{number}")
+            if all(node.works for node in nodes):
+                break
+        for node in nodes:
+            node.holds = True
+        await served.append(request("killer"))
+        crashed = []
+        for _ in nodes:
+            await wait_until(lambda: any(node.claimed for node in nodes), "the attempt")
+            (node,) = [node for node in nodes if node.claimed]
+            ending = node.failed(node.claimed.pop(), FailureCause.TRUNCATED, "broke off", crash=True)
+            assert await node.store.complete(node.incarnation, [ending]) == ["ok"]
+            crashed.append(node.name)
+        outcome = await served.outcome("killer")
+    assert sorted(crashed) == ["n1", "n2"], "a suspect goes elsewhere"
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.FAILED, Reason.POISON)
+    assert outcome.message == f"engines died while they ran it, at {', '.join(crashed)}: broke off"
+    await wait_until(lambda: bool(served.dead), "its dead letter")
+    _, out, _ = await operator("list")
+    assert all(word in out for word in (" poison ", "2 attempts, 2 crashes", "killer"))
+    _, out, _ = await operator("show", outcome.ref)
+    marked = [line for line in out.splitlines() if "CRASH: the engine died" in line]
+    assert [line.split()[3].rstrip(":") for line in marked] == crashed
+    (letter,) = await operator.read("list")
+    assert [attempt["crash"] for attempt in letter["attempts"]] == [True, True]
+    code, out, err = await operator("requeue", outcome.ref)
+    assert (code, out) == (1, "")
+    assert "--poison" in err
+    (sent,) = await operator.read("requeue", outcome.ref, "--poison")
+    assert sent["new_ref"]
 
 
 async def original(pool: Pool, ref: Ref) -> Any:

@@ -121,6 +121,7 @@ async def test_an_unusable_answer_fails_before_any_text(
 ) -> None:
     failure, text, _ = await failure_of(behaviour)
     assert (failure.cause, failure.http_status, text) == (cause, status, "")
+    assert failure.reached, "the engine may have died of it"
     assert said in str(failure)
     assert len(str(failure)) < 700
 
@@ -308,7 +309,7 @@ async def test_nobody_listening_is_a_failure_to_connect() -> None:
         async with engine_at(f"http://127.0.0.1:{closed.getsockname()[1]}") as engine:
             with pytest.raises(EngineFailure) as caught:
                 await collect(engine, PROMPT)
-            assert caught.value.cause is FailureCause.CONNECT
+            assert (caught.value.cause, caught.value.reached) == (FailureCause.CONNECT, False)
             assert not await engine.is_alive()
             with pytest.raises(EngineFailure) as caught:
                 await engine.models()

@@ -123,11 +123,13 @@ class ScriptedNode:
         )
         return Ending(job=job.job, kind="outcome", ref=work.ref, id=work.id, payload=codec.encode(outcome))
 
-    def failed(self, job: Claimed, cause: FailureCause, message: str = "no") -> Ending:
+    def failed(
+        self, job: Claimed, cause: FailureCause, message: str = "no", *, crash: bool = False
+    ) -> Ending:
         """A failed ending of a job."""
         work = decode_job_data(job.data)
         failed = FailedAttempt(
-            attempt=job.job.rpartition("--")[2], node=self.name, cause=cause, message=message
+            attempt=job.job.rpartition("--")[2], node=self.name, cause=cause, message=message, crash=crash
         )
         return Ending(job=job.job, kind="failed", ref=work.ref, id=work.id, payload=codec.encode(failed))
 

@@ -30,7 +30,9 @@ local function record_failure(job, error, now_iso, known)
   redis.call('PEXPIRE', registry, 86400000)
   for _, old in ipairs(redis.call('ZRANGE', registry, 0, -201)) do
     redis.call('ZREM', registry, old)
-    if not redis.call('HGET', 'rq:job:' .. old, 'envelope') then redis.call('DEL', 'rq:job:' .. old) end
+    -- Ids of others, whoever put them there, are not ours to look at.
+    local is_ours = string.sub(old, 1, #queue + 2) == queue .. '--'
+    if is_ours and not redis.call('HGET', 'rq:job:' .. old, 'envelope') then redis.call('DEL', 'rq:job:' .. old) end
   end
 end
 local at = 6

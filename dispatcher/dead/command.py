@@ -7,29 +7,21 @@ starts over as any other request; the old one keeps its outcome and its letter.
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import sys
-import uuid
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from typing import Any
 
-import msgspec
-
 from dispatcher.backends.connect import connect_kafka
-from dispatcher.backends.dead_log import DeadLog, PlacedLetter
+from dispatcher.backends.dead_log import DeadLog
 from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.dead.again import original_of, send_again
+from dispatcher.dead.text import as_data, as_text, head_of, line_of, no_letter, plain
 from dispatcher.errors import LogRefused, SettingsError
-from dispatcher.protocol import codec
 from dispatcher.protocol.names import Names, Ref
-from dispatcher.protocol.outcome import DeadLetter
 from dispatcher.settings import DispatcherSettings
 
 SHOWN = 50
-MESSAGE_CHARS = 100
-HEAD = ("id", "model", "endpoint", "tenant", "priority", "deadline_ms", "session", "lora", "requeued_from")
-"""Fields of a record that hold no prompt."""
 MAX_ID_CHARS = 256
 EXAMPLES = """\
 examples:
@@ -43,16 +35,6 @@ examples:
 
 exit codes: 0 done, 1 a REF has no letter or could not be sent again, 2 wrong use or no answer
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """What became of a letter's record: sent as `new_ref` under `id`, or why not."""
-
-    ref: str
-    id: str = ""
-    new_ref: str = ""
-    refused: str = ""
 
 
 def configure_dead(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +61,9 @@ def configure_dead(parser: argparse.ArgumentParser) -> None:
         "--id",
         help="id of the new record, for one REF (default: a new one). The original's own is coalesced with "
         "it, and not run, for ten minutes after that was bound",
+    )
+    again.add_argument(
+        "--poison", action="store_true", help="send also what ended as poison: engines may die of it again"
     )
     purging = action("purge", "delete dead letters for good, by Kafka's DeleteRecords; outcomes stay")
     purging.add_argument(
@@ -111,17 +96,10 @@ async def _list(log: DeadLog, options: argparse.Namespace) -> int:
         raise SettingsError(f"--limit: expected at least 1, seen {options.limit}")
     letters = await log.read(limit=options.limit)
     if options.json:
-        print(json.dumps([_as_data(placed) for placed in letters], indent=2))
+        print(json.dumps([as_data(placed) for placed in letters], indent=2))
         return 0
     for placed in letters:
-        letter = placed.letter
-        if letter is None:
-            print(f"{placed.place:<10}  a letter that can't be read")
-            continue
-        attempts = f"{len(letter.attempts)} attempts" if letter.attempts else "never bound"
-        line = f"{placed.place:<10}  {letter.ref:<12}  {_when(letter.dead_at_ms)}  {letter.reason.value:<18}"
-        who = f"{letter.tenant}/{letter.id}" if letter.tenant else letter.id
-        print(f"{line}  {attempts:<11}  {_plain(who) or '(no id)'}  {_plain(letter.message)[:MESSAGE_CHARS]}")
+        print(line_of(placed))
     if not letters:
         print("no dead letters")
     elif len(letters) == options.limit:
@@ -133,29 +111,29 @@ async def _show(log: DeadLog, options: argparse.Namespace) -> int:
     ref: Ref = options.ref
     found = await log.read(refs=frozenset({str(ref)}))
     if not found:
-        print(f"flexlb dead: {ref}: {_no_letter(ref)}", file=sys.stderr)
+        print(f"flexlb dead: {ref}: {no_letter(ref)}", file=sys.stderr)
         return 1
     placed = found[-1]
     letter = placed.letter
     assert letter is not None
     record, gone = b"", ""
     try:
-        record = await _original(log, letter)
+        record = await original_of(log, letter)
     except LogRefused as error:
         gone = str(error)
     if options.json:
-        original: dict[str, Any] = {"gone": gone} if gone else {"bytes": len(record), "head": _head(record)}
+        original: dict[str, Any] = {"gone": gone} if gone else {"bytes": len(record), "head": head_of(record)}
         if options.body and not gone:
             original["record"] = record.decode(errors="replace")
-        print(json.dumps({**_as_data(placed), "original": original}, indent=2))
+        print(json.dumps({**as_data(placed), "original": original}, indent=2))
         return 0
-    print(_as_text(placed, letter))
+    print(as_text(placed, letter))
     if gone:
         print(f"original   gone: {gone}")
         return 0
     print(f"original   {len(record)} bytes")
-    for name, value in _head(record).items():
-        print(f"  {name:<13} {_plain(str(value))}")
+    for name, value in head_of(record).items():
+        print(f"  {name:<13} {plain(str(value))}")
     if options.body:
         sys.stdout.flush()
         sys.stdout.buffer.write(record + b"\n")
@@ -168,28 +146,15 @@ async def _requeue(log: DeadLog, options: argparse.Namespace) -> int:
         raise SettingsError(f"--id: expected one REF with it, seen {len(refs)}")
     if options.id is not None and not 0 < len(options.id) <= MAX_ID_CHARS:
         raise SettingsError(f"--id: expected 1-{MAX_ID_CHARS} characters, seen {len(options.id)}")
-    letters = {one.letter.ref: one.letter for one in await log.read(refs=frozenset(refs)) if one.letter}
-    results = []
-    for ref in refs:
-        letter = letters.get(ref)
-        if letter is None:
-            results.append(Sent(ref=ref, refused=_no_letter(ref)))
-            continue
-        try:
-            id = options.id if options.id is not None else uuid.uuid4().hex
-            record = sent_again(await _original(log, letter), ref=ref, id=id)
-            new_ref = await log.append(Ref.parse(ref).lane, id, record)
-            results.append(Sent(ref=ref, id=id, new_ref=str(new_ref)))
-        except (LogRefused, codec.MalformedRecord) as error:
-            results.append(Sent(ref=ref, refused=str(error)))
+    results = await send_again(log, refs, id=options.id, poison=options.poison)
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
     else:
         for result in results:
             if result.refused:
-                print(f"flexlb dead: {result.ref}: not sent again: {_plain(result.refused)}", file=sys.stderr)
+                print(f"flexlb dead: {result.ref}: not sent again: {plain(result.refused)}", file=sys.stderr)
             else:
-                print(f"{result.ref}: sent again as {result.new_ref}, id {_plain(result.id)}")
+                print(f"{result.ref}: sent again as {result.new_ref}, id {plain(result.id)}")
     return int(any(result.refused for result in results))
 
 
@@ -223,89 +188,6 @@ async def _purge(log: DeadLog, options: argparse.Namespace) -> int:
         done = "nothing deleted" if one["began"] == one["begins"] else f"deleted from {one['began']} on"
         print(f"partition {one['partition']}: {done}, begins at {one['begins']}")
     return 0
-
-
-def sent_again(record: bytes, *, ref: str, id: str) -> bytes:
-    """The record under a new id, marked as sent again; its body stays byte for byte.
-
-    A reply route goes with the old id: its reader waits for that, and the partition may be another's now.
-
-    Raises:
-        MalformedRecord: it can't be read as a request: it would be refused again.
-    """
-    try:
-        request = codec.requests.decode(record)
-    except codec.MalformedRecord as error:
-        raise codec.MalformedRecord(
-            f"the record would be refused again: {error}; send a mended one instead"
-        ) from error
-    fields = msgspec.json.decode(record, type=dict[str, msgspec.Raw])
-    if request.id != id:
-        fields.pop("reply_to", None)
-    fields["id"] = msgspec.Raw(msgspec.json.encode(id))
-    fields["requeued_from"] = msgspec.Raw(msgspec.json.encode(ref))
-    return msgspec.json.encode(fields)
-
-
-async def _original(log: DeadLog, letter: DeadLetter) -> bytes:
-    """The record that died: from the letter, else from its log."""
-    if letter.record_base64:
-        try:
-            return base64.b64decode(letter.record_base64, validate=True)
-        except ValueError as error:
-            raise LogRefused("record: expected base64 in the letter, seen something else") from error
-    record = await log.original(Ref.parse(letter.ref))
-    if letter.id and (seen := _head(record).get("id")) != letter.id:
-        raise LogRefused(
-            f"record: expected id {letter.id!r} at {letter.ref}, seen {seen!r}; its topic was made anew"
-        )
-    return record
-
-
-def _head(record: bytes) -> dict[str, Any]:
-    """What a record tells without its prompt; {} when it is no JSON object."""
-    try:
-        fields = msgspec.json.decode(record, type=dict[str, msgspec.Raw])
-        return {name: msgspec.json.decode(fields[name]) for name in HEAD if name in fields}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-
-
-def _as_data(placed: PlacedLetter) -> dict[str, Any]:
-    """A letter as JSON has it, without the record, which may hold a prompt."""
-    letter = msgspec.to_builtins(placed.letter) if placed.letter is not None else {}
-    letter.pop("record_base64", None)
-    return {"partition": placed.partition, "offset": placed.offset, **letter}
-
-
-def _as_text(placed: PlacedLetter, letter: DeadLetter) -> str:
-    lines = [
-        f"ref        {letter.ref}, in {_plain(letter.topic)}",
-        f"letter     {placed.place}, written {_when(letter.dead_at_ms)}",
-        f"id         {_plain(letter.id) or '(none could be read)'}",
-        *([f"tenant     {_plain(letter.tenant)}"] if letter.tenant else []),
-        f"reason     {letter.reason.value}: {_plain(letter.message)}",
-    ]
-    for attempt in letter.attempts:
-        status = f" (HTTP {attempt.http_status})" if attempt.http_status else ""
-        words = (
-            f"{attempt.attempt} at {attempt.node}: {attempt.cause.value}{status} {_plain(attempt.message)}"
-        )
-        lines.append(f"attempt    {words}".rstrip())
-    return "\n".join(lines)
-
-
-def _no_letter(ref: object) -> str:
-    return f"expected a dead letter of {ref}, seen none; 'flexlb dead list' names them"
-
-
-def _plain(text: str) -> str:
-    """Clients' text for a terminal: no control characters."""
-    return "".join(one if one.isprintable() else " " for one in text)
-
-
-def _when(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _ref(text: str) -> Ref:

@@ -1,0 +1,1 @@
+"""`flexlb dead`: what an operator does with dead letters."""
