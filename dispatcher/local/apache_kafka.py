@@ -119,8 +119,9 @@ class ApacheKafka:
         self._protocol = protocol
         self._options = dict(options or {})
         self._process = ServerProcess("kafka", folder)
-        self._ports = [port or 0, 0]
+        self._ports = [port or 0, 0, 0]
         self._reserved: list[ReservedPort] = []
+        self._advertised_port = 0
 
     @property
     def folder(self) -> Path:
@@ -157,6 +158,15 @@ class ApacheKafka:
         """One line for people."""
         return f"Apache Kafka at {self.bootstrap}, durable, data in {self.folder}"
 
+    def advertise(self, port: int) -> None:
+        """Send clients to another port of this machine, such as a proxy's; for before the first start."""
+        self._advertised_port = port
+
+    def reserve(self) -> None:
+        """Take its ports before the first start, for others to be told of them."""
+        if not self._reserved:
+            self._reserve()
+
     async def start(self) -> None:
         """Start and return once it serves; fetches its jars the first time on a machine.
 
@@ -164,8 +174,7 @@ class ApacheKafka:
             ServerError: Java or Maven is missing, port or folder in use, or it did not come up.
         """
         home = await asyncio.to_thread(provision)
-        if not self._reserved:
-            self._reserve()
+        self.reserve()
         try:
             self._write_settings()
             self._take_empty_data(home / "empty")
@@ -237,6 +246,8 @@ class ApacheKafka:
             self.folder / "data",
             broker_port=self._ports[0],
             controller_port=self._ports[1],
+            internal_port=self._ports[2],
+            advertised_port=self._advertised_port,
             protocol=self._protocol,
             options=self._options,
         )
@@ -248,9 +259,16 @@ def _settings(
     *,
     broker_port: int,
     controller_port: int,
+    internal_port: int = 0,
+    advertised_port: int = 0,
     protocol: str = "PLAINTEXT",
     options: Mapping[str, str] | None = None,
 ) -> str:
+    """Lines of server.properties.
+
+    With an `advertised_port` for clients the broker talks to itself at its `internal_port`.
+    """
+    behind = _behind_a_proxy(broker_port, controller_port, internal_port, advertised_port, protocol)
     settings = {
         "process.roles": "broker,controller",
         "node.id": "1",
@@ -277,9 +295,24 @@ def _settings(
         "replica.fetch.max.bytes": str(MAX_MESSAGE_BYTES),
         "replica.fetch.response.max.bytes": str(MAX_MESSAGE_BYTES),
         "log.cleaner.dedupe.buffer.size": str(16 << 20),
+        **(behind if advertised_port else {}),
         **(options or {}),
     }
+    if advertised_port:
+        del settings["security.inter.broker.protocol"]  # the listener's name says it
     return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+
+def _behind_a_proxy(
+    broker: int, controller: int, internal: int, advertised: int, protocol: str
+) -> dict[str, str]:
+    own = f"INTERNAL://{HOST}:{internal}"
+    return {
+        "listeners": f"{protocol}://{HOST}:{broker},{own},CONTROLLER://{HOST}:{controller}",
+        "advertised.listeners": f"{protocol}://{HOST}:{advertised},{own}",
+        "listener.security.protocol.map": f"CONTROLLER:PLAINTEXT,INTERNAL:PLAINTEXT,{protocol}:{protocol}",
+        "inter.broker.listener.name": "INTERNAL",
+    }
 
 
 def _home() -> Path:

@@ -43,7 +43,14 @@ from dispatcher.local.chaos_report import (
     is_clean,
     lateness_p99_s,
 )
-from dispatcher.local.chaos_schedule import NETWORK, STANDBY, FaultKind, PlannedFault, plan_faults
+from dispatcher.local.chaos_schedule import (
+    KAFKA_NETWORK,
+    NETWORK,
+    STANDBY,
+    FaultKind,
+    PlannedFault,
+    plan_faults,
+)
 from dispatcher.local.embedded_kafka import EmbeddedKafka
 from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
 from dispatcher.local.tcp_proxy import TcpProxy
@@ -58,6 +65,7 @@ RECOVERY_S = 20.0
 POLL_S = 0.05
 SHOW_EVERY_S = 0.5
 LOOK_EVERY_S = 2.0
+NEEDS_APACHE = KAFKA_NETWORK | {FaultKind.KILL_KAFKA}
 RESUMED_TOKENS = "flexlb_agent_resumed_tokens"
 SHORT_TOKENS = (4, 32)
 ENDPOINT = "/v1/completions"
@@ -85,8 +93,8 @@ kinds of fault:
   refuse-redis   every connection closed, new ones refused
   cut-*, slow-*  the network between an agent or dispatcher and Redis is silent, or adds 0.1 s each way
 {KINDS}
-  Not cut: the way to Kafka, since brokers hand out their own address and clients go past any proxy;
-  freeze-kafka is the nearest to it. It breaks its own stack only: it can't be pointed at an existing cluster.
+  cut-kafka, slow-kafka    the same between everybody and Kafka, with 0.15 to 0.5 s each way
+  It breaks its own stack only: it can't be pointed at an existing cluster.
 
 examples:
   flexlb chaos --seed 1 --minutes 5
@@ -183,6 +191,7 @@ async def _chaos(options: argparse.Namespace) -> int:
         nodes=options.nodes,
         dispatchers=options.dispatchers,
         broker=options.kafka,
+        kafka_proxy=bool(KAFKA_NETWORK & set(options.faults or FaultKind)),
         agent_flags=AGENT_FLAGS,
         dispatcher_flags=("--seed", str(options.seed + 1)),
     )
@@ -252,11 +261,13 @@ def _possible(options: argparse.Namespace, servers: LocalServers) -> list[FaultK
     kinds = set(options.faults or FaultKind)
     if options.dispatchers < 2:
         kinds -= STANDBY
-    if isinstance(servers.broker, EmbeddedKafka) and FaultKind.KILL_KAFKA in kinds:
+    if isinstance(servers.broker, EmbeddedKafka) and (unfit := kinds & NEEDS_APACHE):
+        names = ", ".join(sorted(unfit))
+        why = "the embedded broker keeps no data and hands out its own address"
         if options.faults:
-            raise SettingsError("--faults: kill-kafka needs Apache Kafka; the embedded broker keeps no data")
-        kinds.remove(FaultKind.KILL_KAFKA)
-        _say("the embedded broker is not killed: it keeps no data")
+            raise SettingsError(f"--faults: {names}: expected Apache Kafka, seen the embedded broker; {why}")
+        kinds -= unfit
+        _say(f"without {names}: {why}")
     return sorted(kinds)
 
 

@@ -29,6 +29,8 @@ DRAIN_GRACE_S = 40.0
 CRASH_WAIT_S = 5.0
 SLOW_DELAY_S = 0.1
 """Each way and piece, on a slow network: a round trip of 0.2 s."""
+SLOW_KAFKA_DELAYS_S = (0.15, 0.5)
+"""The same between everybody and Kafka, from and to, by the fault's draw: a round trip of 0.3 to 1 s."""
 SLOW_STEPS = 20
 POLL_S = 0.05
 USUAL_CLIENTS = 10_000
@@ -91,6 +93,8 @@ class Chaos:
                 FaultKind.KILL_REDIS | FaultKind.LOSE_REDIS | FaultKind.FREEZE_REDIS | FaultKind.REFUSE_REDIS
             ):
                 await self._break_redis(fault)
+            case FaultKind.CUT_KAFKA | FaultKind.SLOW_KAFKA:
+                await self._disturb_kafka(fault)
             case FaultKind.KILL_KAFKA | FaultKind.FREEZE_KAFKA:
                 await self._break_kafka(fault)
             case FaultKind.CUT_AGENT | FaultKind.CUT_DISPATCHER:
@@ -236,6 +240,21 @@ class Chaos:
                 broker.kill()
                 await asyncio.sleep(fault.lasts_s)
                 await broker.start()
+
+    async def _disturb_kafka(self, fault: PlannedFault) -> None:
+        proxy = self._stack.servers.kafka_proxy
+        assert proxy is not None
+        async with self._held[KAFKA]:
+            self._strike(fault, KAFKA)
+            if fault.kind is FaultKind.CUT_KAFKA:
+                proxy.cut()
+            else:
+                least_s, most_s = SLOW_KAFKA_DELAYS_S
+                proxy.delay_s = least_s + fault.draw * (most_s - least_s)
+            try:
+                await asyncio.sleep(fault.lasts_s)
+            finally:
+                proxy.heal()
 
     async def _disturb(self, fault: PlannedFault, *, is_cut: bool) -> None:
         async with self._victim(fault) as member:

@@ -44,6 +44,8 @@ class FaultKind(StrEnum):
     REFUSE_REDIS = "refuse-redis"
     KILL_KAFKA = "kill-kafka"
     FREEZE_KAFKA = "freeze-kafka"
+    CUT_KAFKA = "cut-kafka"
+    SLOW_KAFKA = "slow-kafka"
     CUT_AGENT = "cut-agent"
     SLOW_AGENT = "slow-agent"
     CUT_DISPATCHER = "cut-dispatcher"
@@ -54,6 +56,8 @@ NETWORK = frozenset(
     {FaultKind.CUT_AGENT, FaultKind.SLOW_AGENT, FaultKind.CUT_DISPATCHER, FaultKind.SLOW_DISPATCHER}
 )
 """Kinds that need members to reach Redis through a proxy of ours."""
+KAFKA_NETWORK = frozenset({FaultKind.CUT_KAFKA, FaultKind.SLOW_KAFKA})
+"""Kinds that need everybody to reach Kafka through a proxy of ours, whose address the broker hands out."""
 STANDBY = frozenset({FaultKind.KILL_STANDBY, FaultKind.FREEZE_STANDBY})
 """Kinds that need a second dispatcher."""
 
@@ -78,6 +82,8 @@ LASTS_S: dict[FaultKind, tuple[float, float]] = {
     FaultKind.REFUSE_REDIS: (1.0, 4.0),
     FaultKind.KILL_KAFKA: (0.2, 1.0),
     FaultKind.FREEZE_KAFKA: (1.0, 4.0),
+    FaultKind.CUT_KAFKA: (1.0, 4.0),
+    FaultKind.SLOW_KAFKA: (3.0, 5.0),
     FaultKind.CUT_AGENT: (1.0, 4.0),
     FaultKind.SLOW_AGENT: (2.0, 4.0),
     FaultKind.CUT_DISPATCHER: (1.0, 5.0),

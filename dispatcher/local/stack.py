@@ -21,8 +21,10 @@ import aiohttp
 from dispatcher.backends.connect import connect_kafka
 from dispatcher.backends.topics import create_topics
 from dispatcher.errors import LogUnavailable, ServerError
+from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.broker import Broker, BrokerKind, choose_broker
 from dispatcher.local.processes import HOST, ReservedPort, ServerProcess
+from dispatcher.local.tcp_proxy import TcpProxy
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Names
 
@@ -39,6 +41,7 @@ class StackSettings:
     `redis`, `kafka` and `engines` name servers that exist, instead of local ones; one engine per node.
     Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
     0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
+    With `kafka_proxy` everybody reaches a local Apache Kafka through a proxy of ours, which can be cut.
     `redis_urls` gives some members, by name, another way to the same Redis.
     `frontend_port`: where the first of `frontends` serves the OpenAI API, 0 for any free port, None for
     nowhere; the others have any.
@@ -57,6 +60,7 @@ class StackSettings:
     policy: str = "prefill_cost"
     dispatcher_flags: tuple[str, ...] = ()
     agent_flags: tuple[str, ...] = ()
+    kafka_proxy: bool = False
     redis_urls: Mapping[str, str] = field(default_factory=dict)
     profile: str = "h100-llama-8b"
     kv_blocks: int = 0
@@ -157,11 +161,14 @@ class LocalServers:
         self._tell = tell
         self._stack = contextlib.AsyncExitStack()
         self.broker: Broker | None = None
+        self.kafka_proxy: TcpProxy | None = None
         self.valkey: ValkeyServer | None = None
 
     @property
     def kafka(self) -> str:
         """Bootstrap servers."""
+        if self.kafka_proxy is not None:
+            return f"{HOST}:{self.kafka_proxy.port}"
         return self._settings.kafka or (self.broker.bootstrap if self.broker else "")
 
     @property
@@ -184,11 +191,16 @@ class LocalServers:
 
     async def _start(self) -> None:
         settings = self._settings
+        if not settings.kafka:
+            self.broker, sentence = choose_broker(settings.broker, self._folder / "kafka")
+            self._tell(sentence)
+            self._stack.push_async_callback(self.broker.stop)
+            if settings.kafka_proxy and isinstance(self.broker, ApacheKafka):
+                self.broker.reserve()
+                self.kafka_proxy = await self._stack.enter_async_context(TcpProxy(HOST, self.broker.port))
+                self.broker.advertise(self.kafka_proxy.port)
         async with asyncio.TaskGroup() as group:
-            if not settings.kafka:
-                self.broker, sentence = choose_broker(settings.broker, self._folder / "kafka")
-                self._tell(sentence)
-                self._stack.push_async_callback(self.broker.stop)
+            if self.broker is not None:
                 group.create_task(self.broker.start())
             if not settings.redis:
                 self.valkey = ValkeyServer(self._folder / "valkey")

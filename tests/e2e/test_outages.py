@@ -6,6 +6,7 @@ No process ends, none grows, none fills its log; afterwards everything that was 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dispatcher.errors import LogUnavailable
 from dispatcher.local.stack import LocalStack, Member
 from dispatcher.protocol.outcome import OutcomeKind
 from tests.e2e.conftest import MakeStack
-from tests.e2e.test_faults import clean_audit
+from tests.e2e.test_faults import clean_audit, events
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -33,6 +34,8 @@ MOST_LINES_PER_S = 3.0
 USUAL_LINES = 40
 MOST_GROWTH_KIB = 60 << 10
 RESEND_PAUSE_S = 0.2
+SLOW_DELAY_S = 0.5
+"""Each way."""
 LONG_ANSWER_TOKENS = 800
 """More than gathers before an agent stops reading its engine: 512."""
 
@@ -162,4 +165,27 @@ async def test_outage_ends_grows_and_floods_nothing(
             assert member.pid == then.pid
             assert now.lines - then.lines <= USUAL_LINES + MOST_LINES_PER_S * seconds, member.log_path
             assert now.rss_kib - then.rss_kib <= MOST_GROWTH_KIB, member.name
+        await clean_audit(stack)
+
+
+@pytest.mark.timeout(180)
+async def test_slow_kafka_delays_answers_and_changes_nothing_else(make_stack: MakeStack) -> None:
+    """Each request to Kafka takes a second; a publication is several of them, one after the other."""
+    async with (
+        make_stack(nodes=2, kafka_proxy=True) as stack,
+        Client(stack.kafka, stack.settings.pool) as client,
+    ):
+        proxy = stack.servers.kafka_proxy
+        assert proxy is not None
+        assert stack.broker is not None
+        assert stack.kafka == f"127.0.0.1:{proxy.port}" != stack.broker.bootstrap
+        load = Load(client)
+        assert await load.ask() is OutcomeKind.COMPLETED
+        proxy.delay_s = SLOW_DELAY_S
+        began_s = time.monotonic()
+        assert {await answer for answer in [load.ask() for _ in range(20)]} == {OutcomeKind.COMPLETED}
+        assert time.monotonic() - began_s > 2 * SLOW_DELAY_S, "clients go through the proxy"
+        proxy.heal()
+        assert await load.ask() is OutcomeKind.COMPLETED
+        assert [end for member in stack.dispatchers for end in events(member, "leadership ended")] == []
         await clean_audit(stack)

@@ -25,7 +25,7 @@ def test_seeds_differ_in_order_time_and_victim() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("seconds", [160, 400, 1000])
+@pytest.mark.parametrize("seconds", [180, 400, 1000])
 def test_every_kind_comes_up_equally_often_within_the_run(seconds: float, overlap: bool) -> None:
     planned = plan_faults(3, seconds, list(FaultKind), overlap=overlap)
     counts = Counter(fault.kind for fault in planned)
@@ -49,7 +49,7 @@ def test_five_minutes_have_every_kind_three_times() -> None:
 
 
 def test_faults_without_overlap_keep_their_distance() -> None:
-    planned = plan_faults(5, 160, list(FaultKind), overlap=False)
+    planned = plan_faults(5, 180, list(FaultKind), overlap=False)
     assert all(b.at_s - a.at_s >= 0.9 * LEAST_SLOT_S for a, b in pairwise(planned))
 
 
