@@ -1,4 +1,4 @@
-"""`python -m tests.simulation SEED...`: replay seeds of the cluster simulation with a trace."""
+"""`python -m tests.simulation SEED...`: replay seeds of the cluster simulation, or plant bugs (`--bugs`)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import argparse
 import sys
 
 from dispatcher.telemetry.logging import configure_logging
+from tests.simulation.planted_bugs import table
 from tests.support.cluster import simulate
 
 
 def main() -> int:
     """Replay the seeds; exit 1 when one violates an invariant."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("seeds", nargs="+", type=int, metavar="SEED")
+    parser.add_argument("seeds", nargs="*", type=int, metavar="SEED")
     parser.add_argument("--trace", action="store_true", help="print every message and effect")
     parser.add_argument("--logs", action="store_true", help="print the processes' own logs")
+    parser.add_argument("--hostile", type=int, default=0, metavar="N", help="append N arbitrary records too")
+    parser.add_argument("--bugs", action="store_true", help="plant each known bug and say when it is caught")
     options = parser.parse_args()
+    if options.bugs:
+        for line in table():
+            print(line, flush=True)
+        return 0
+    if not options.seeds:
+        parser.error("expected seeds or --bugs, seen neither")
     if options.logs:
         configure_logging("INFO")
     bad = 0
     for seed in options.seeds:
-        result = simulate(seed, trace=print if options.trace else None, logs=options.logs)
+        result = simulate(
+            seed, trace=print if options.trace else None, logs=options.logs, hostile_records=options.hostile
+        )
         bad += bool(result.violations)
         print(
             f"seed {seed}: {result.outcomes} outcomes in {result.virtual_s:.1f} virtual s, "

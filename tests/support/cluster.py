@@ -19,8 +19,9 @@ from prometheus_client import CollectorRegistry
 from dispatcher.app import Dispatcher
 from dispatcher.client.reader import ReplyReader
 from dispatcher.protocol import codec
-from dispatcher.protocol.names import Names
+from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import OutcomeKind
+from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.settings import DispatcherSettings
 from dispatcher.telemetry.logging import Log
 from tests.support.faults import Faults
@@ -110,8 +111,10 @@ class Cluster:
         scripts: dict[str, str] | None = None,
         trace: Callable[[str], None] | None = None,
         logs: bool = False,
+        hostile_records: int = 0,
     ) -> None:
         self._logs = logs
+        self._hostile_records = hostile_records
         self.rng = random.Random(seed)
         self.result = Outcome(seed=seed)
         self.names = Names(POOL)
@@ -219,6 +222,16 @@ class Cluster:
         )
         process.spawn(agent.run(self._stops[node]), name=node)
 
+    def _limits(self) -> AdmissionLimits:
+        return AdmissionLimits(
+            max_record_bytes=DISPATCHER.max_record_bytes,
+            default_deadline_ms=int(DISPATCHER.default_deadline_s * 1000),
+            max_deadline_ms=int(DISPATCHER.max_deadline_s * 1000),
+            request_topic=self.names.requests(Lane.INTERACTIVE),
+            bodies_topic=self.names.bodies,
+            reply_topics={self.names.replies: PARTITIONS},
+        )
+
     # The run
 
     def _check_streams(self) -> None:
@@ -253,6 +266,8 @@ class Cluster:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.workload.submit_all())
             group.create_task(self.leasing.run())
+            if self._hostile_records:
+                group.create_task(self.workload.submit_hostile(self._hostile_records, self._limits()))
             group.create_task(Faults(self, self.rng).run())
         until = self._loop.time() + SETTLE_S
         while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
@@ -282,11 +297,17 @@ def simulate(
     scripts: dict[str, str] | None = None,
     trace: Callable[[str], None] | None = None,
     logs: bool = False,
+    hostile_records: int = 0,
 ) -> Outcome:
-    """Run one seed in virtual time; `logs` lets the processes' own logs through."""
+    """Run one seed in virtual time; `logs` lets the processes' own logs through.
+
+    Args:
+        hostile_records: so many records of arbitrary bytes are appended beside the clients' requests.
+    """
 
     async def main() -> Outcome:
-        return await Cluster(seed, scripts=scripts, trace=trace, logs=logs).run()
+        cluster = Cluster(seed, scripts=scripts, trace=trace, logs=logs, hostile_records=hostile_records)
+        return await cluster.run()
 
     # A run makes little garbage that only the collector finds, and much for it to look through.
     collects = gc.isenabled()

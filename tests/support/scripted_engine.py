@@ -58,13 +58,15 @@ class ScriptedEngine:
         if not self._is_up():
             raise EngineFailure(FailureCause.CONNECT, "the simulated engine is down", reached=False)
         asked = json.loads(body)
-        first, prompt = 0, asked["prompt"]
+        prompt, most = asked.get("prompt"), asked.get("max_tokens")
+        if not isinstance(prompt, str | list) or type(most) is not int or not 0 < most <= MOST_TOKENS:
+            raise EngineFailure(FailureCause.REFUSED, "the simulated engine takes no such body")
+        first = 0
         if isinstance(prompt, list):
-            assert prompt == [*PROMPT_IDS, *range(len(prompt) - len(PROMPT_IDS))], (
-                "what was generated, in order"
-            )
+            if prompt != [*PROMPT_IDS, *range(len(prompt) - len(PROMPT_IDS))]:
+                raise AssertionError(f"expected what was generated, in order, seen {prompt}")
             first = len(prompt) - len(PROMPT_IDS)
-        tokens = first + int(asked["max_tokens"])
+        tokens = first + most
         fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
         await asyncio.sleep(rng.uniform(0.005, 0.2))
         step_s = asked.get("pace_s") or rng.choice([0.002, 0.01, 0.05])

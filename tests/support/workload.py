@@ -6,8 +6,11 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
-from dispatcher.protocol.names import Lane, Names
+from dispatcher.protocol.names import Lane, Names, Ref
+from dispatcher.scheduling.admission import AdmissionLimits, Admitted, admit
+from tests.support.hostile import any_bytes
 from tests.support.invariants import Expectations
 from tests.support.scripted_engine import MOST_TOKENS
 from tests.support.sim.kafka import SimKafka
@@ -77,3 +80,57 @@ class Workload:
                 self.kafka.append(self.names.cancels, cancel, str(request["id"]).encode())
             elif after < 0.24:
                 self.kafka.append(self.names.cancels, json.dumps({"id": f"r{number + 1}"}).encode(), b"x")
+
+    # What no honest client writes
+
+    async def submit_hostile(self, records: int, limits: AdmissionLimits) -> None:
+        """Append arbitrary bytes, keys and headers to the request lanes and the cancel topic.
+
+        What may be expected of a record is decided by what ships, from its bytes alone: exactly one outcome
+        where an id can be read, else one dead letter.
+        """
+        rng = self.rng
+        identities: set[tuple[str, str]] = set()
+        for number in range(records):
+            await asyncio.sleep(rng.expovariate(records / APPEND_WINDOW_S))
+            honest: dict[str, object] = {
+                "id": f"h{number}",
+                "model": MODEL,
+                "endpoint": "/v1/completions",
+                "body": {"prompt": f"hostile {number}", "max_tokens": 2},
+            }
+            value = any_bytes(rng, honest)
+            key = rng.choice(
+                [None, b"", b"\xff\xfe", b"k" * 300, f"k{number}".encode(), f"h{number}".encode()]
+            )
+            headers: Any = rng.choice(
+                [
+                    (),
+                    (("traceparent", b"\xff"),),
+                    (("traceparent", None),),
+                    (("\u2028", b""), ("x", b"y" * 999)),
+                ]
+            )
+            if rng.random() < 0.15:
+                self.kafka.append(self.names.cancels, value, key, headers=headers)
+                continue
+            lane = rng.choice(list(Lane))
+            decision = admit(
+                Ref(lane, 0, 0),
+                key,
+                value,
+                appended_ms=0,
+                now_ms=0,
+                traceparent="",
+                limits=limits,
+                carry_bodies=True,
+            )
+            told = decision.envelope if isinstance(decision, Admitted) else decision
+            identity = (told.tenant, told.id)
+            if told.id and identity in identities:
+                continue  # whose repetition it is depends on what else is refused; the clients repeat theirs
+            identities.add(identity)
+            tp = self.kafka.append(self.names.requests(lane), value, key, headers=headers)
+            ref = Ref(lane, tp.partition, self.kafka.ends(tp.topic)[tp.partition] - 1)
+            self.expectations.add(str(ref), {"tenant": told.tenant, "id": told.id, "body": str(ref)})
+            self.note(f"append {ref} {value[:60] if value is not None else value!r}")

@@ -53,6 +53,17 @@ _MEDIA = {
     "EXTERNAL": Medium.EXTERNAL,
 }
 
+UNREADABLE = (
+    msgspec.DecodeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    AttributeError,
+    RecursionError,
+)
+"""What reading something that is no batch may raise."""
+
 
 class UnreadableBatch(Exception):
     """A batch that is none: its blocks are unknown from here on."""
@@ -68,7 +79,7 @@ def decode_batch(payload: bytes) -> list[EngineEvent]:
         batch = msgspec.msgpack.decode(payload)
         events = batch[1]
         return [event for raw in events if (event := _event(raw)) is not None]
-    except (msgspec.DecodeError, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UnreadableBatch(
             f"KV events: expected [time, events, rank], seen {payload[:60]!r} ({error!r})"
         ) from None
