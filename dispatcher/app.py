@@ -24,9 +24,11 @@ from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.delayed import Delayed
+from dispatcher.scheduling.overload import OverloadParameters
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.retry_budget import RetryBudget
 from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
+from dispatcher.scheduling.window import LANE_SHARE
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Dispatch
@@ -38,6 +40,7 @@ from dispatcher.services.publish import Publish
 from dispatcher.services.recover import LastSeen, Recovery
 from dispatcher.services.registry import Registry
 from dispatcher.services.retention import Retention
+from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
@@ -210,17 +213,6 @@ class Dispatcher:
             )
             recovered = await recovery.recover(self._last_seen)
             endings = Endings(state, store)
-            intake = Intake(
-                state,
-                requests,
-                endings,
-                limits=self._limits(requests),
-                block_size=settings.block_size,
-                window_requests=settings.window_requests,
-                window_bytes=settings.window_bytes,
-                carried_bytes=settings.carried_bytes,
-                span_limit=settings.span_limit,
-            )
             scheduler = Scheduler(
                 state.fleet,
                 state.index,
@@ -228,6 +220,25 @@ class Dispatcher:
                 parameters=_parameters(settings),
                 rng=self._rng,
                 healthy_s=lambda: self.mirror.healthy.now_s,
+            )
+            shedder = Shedder(
+                state,
+                endings,
+                scheduler,
+                parameters=_overload(settings),
+                healthy_s=lambda: self.mirror.healthy.now_s,
+            )
+            intake = Intake(
+                state,
+                requests,
+                endings,
+                shedder,
+                limits=self._limits(requests),
+                block_size=settings.block_size,
+                window_requests=settings.window_requests,
+                window_bytes=settings.window_bytes,
+                carried_bytes=settings.carried_bytes,
+                span_limit=settings.span_limit,
             )
             dispatch = Dispatch(state, store, endings, scheduler=scheduler, batch=settings.assign_batch)
             guard = Guard(
@@ -247,7 +258,7 @@ class Dispatcher:
                 floor=recovered.floor,
                 committed=recovered.committed,
             )
-            expire = Expire(state, endings, unknown_model_grace_s=settings.unknown_model_grace_s)
+            expire = Expire(state, endings, shedder, unknown_model_grace_s=settings.unknown_model_grace_s)
             cancels = Cancels(state, CancelLog(self._kafka, names), requests, endings)
             partitions = Partitions(requests, self._log)
             retention = Retention(state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000))
@@ -284,4 +295,14 @@ def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
         lookahead_min_s=settings.lookahead_min_s,
         lookahead_max_s=settings.lookahead_max_s,
         block_size=settings.block_size,
+    )
+
+
+def _overload(settings: DispatcherSettings) -> OverloadParameters:
+    share = LANE_SHARE[Lane.INTERACTIVE]
+    return OverloadParameters(
+        target_s=settings.shed_target_s,
+        interval_s=settings.shed_interval_s,
+        lane_requests=share * settings.window_requests,
+        lane_bytes=share * settings.window_bytes,
     )

@@ -111,6 +111,15 @@ class DispatcherSettings(AccessSettings):
     retry_floor_rate: float = Field(
         default=10, ge=0.1, le=100_000, description="retries allowed whatever is bound, per second"
     )
+    shed_target_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=86_400,
+        description="wait beyond which a standing interactive queue is overload, seconds; 0 for never",
+    )
+    shed_interval_s: float = Field(
+        default=10.0, ge=0.1, le=3600, description="how long a queue must stand to be overload, seconds"
+    )
     topic_partitions: int = Field(
         default=4, ge=1, le=1000, description="partitions of topics that `init` creates"
     )

@@ -5,6 +5,7 @@ Every ending of a request that is not `Completed` has its status here, once, for
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from dispatcher.protocol.outcome import Outcome, OutcomeKind, Reason
 
 CLIENT_LEFT = 499
-RETRY_AFTER_S = 1
+RETRY_AFTER_MS = 1000
 
 _TYPES = {
     401: "authentication_error",
@@ -33,6 +34,9 @@ _REJECTED = {
     Reason.UNSUPPORTED_VERSION: 503,
     Reason.REPLY_ROUTE_UNKNOWN: 502,
     Reason.BODY_UNREADABLE: 502,
+    Reason.OVERLOADED: 429,
+    Reason.DEADLINE_UNREACHABLE: 429,
+    Reason.NO_CAPACITY: 503,
 }
 _CODES: dict[Reason, tuple[str, str | None]] = {
     Reason.UNKNOWN_MODEL: ("model_not_found", "model"),
@@ -46,6 +50,7 @@ class Problem:
 
     `may_retry` is False when asking again at once would repeat what was tried to its end already: the
     OpenAI SDKs, which otherwise repeat 408, 409, 429 and 5xx by themselves, then leave it.
+    `retry_after_ms` is when to, of 429 and 503.
     """
 
     status: int
@@ -53,6 +58,7 @@ class Problem:
     code: str | None = None
     param: str | None = None
     may_retry: bool = True
+    retry_after_ms: int = RETRY_AFTER_MS
 
     @property
     def type(self) -> str:
@@ -66,7 +72,9 @@ class Problem:
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status in {429, 503} and self.may_retry:
-            headers["Retry-After"] = str(RETRY_AFTER_S)
+            headers["Retry-After"] = str(math.ceil(self.retry_after_ms / 1000))
+            # To the millisecond for the OpenAI SDKs, which prefer it.
+            headers["retry-after-ms"] = str(self.retry_after_ms)
         return headers
 
     @property
@@ -115,5 +123,7 @@ def problem_of(outcome: Outcome) -> Problem | None:
         message=outcome.message or f"the request ended as {outcome.kind}({reason})",
         code=code,
         param=param,
-        may_retry=(outcome.kind, reason) == (OutcomeKind.CANCELLED, Reason.CLIENT_GONE),
+        may_retry=outcome.retry_after_ms > 0
+        or (outcome.kind, reason) == (OutcomeKind.CANCELLED, Reason.CLIENT_GONE),
+        retry_after_ms=outcome.retry_after_ms or RETRY_AFTER_MS,
     )

@@ -40,6 +40,10 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     REPLY_ROUTE_UNKNOWN = "reply_route_unknown"
     BODY_UNREADABLE = "body_unreadable"
+    # Rejected: more comes than can be served; asking again later may help (`retry_after_ms`)
+    OVERLOADED = "overloaded"
+    NO_CAPACITY = "no_capacity"
+    DEADLINE_UNREACHABLE = "deadline_unreachable"
     # Evicted: accepted, then given up
     DEADLINE_EXCEEDED = "deadline_exceeded"
     WAIT_EXCEEDED = "wait_exceeded"
@@ -105,7 +109,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `ref` tells the record it answers; `fingerprint` is that of the request, so that duplicates
     can be told from reuse of an id after a loss of all Redis data. `predicted_cached_tokens` is what the
-    leader expected of the node's cache when it bound the attempt.
+    leader expected of the node's cache when it bound the attempt. `retry_after_ms`, where it is not 0, is
+    the time after which the same request, under a new id, is more likely to be served.
     """
 
     id: str
@@ -123,6 +128,7 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     timing: Timing = Timing()
     http_status: int = 0
     predicted_cached_tokens: int = 0
+    retry_after_ms: int = 0
     v: int = FIRST_VERSION
 
 

@@ -16,13 +16,15 @@ from typing import NamedTuple
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import Medium
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
-from dispatcher.scheduling.fleet import STALE_S, Fleet, NodeState
+from dispatcher.scheduling.fleet import FULL, STALE_S, Fleet, NodeState
 from dispatcher.scheduling.prefix_index import Match, PrefixIndex
 
 ALL_LOOKED_AT = 32
 """Fleets up to this size are looked at whole."""
 MOST_HOLDERS = 16
 """Of larger ones, this many holders of the prefix, besides the random others."""
+MOST_SAMPLED = 64
+"""About so many nodes are asked whether they are busy."""
 STEP_TOKENS = 2_048
 """About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
 QUEUED_BOUND = 10_000
@@ -77,6 +79,13 @@ class Choice(NamedTuple):
     prefill_s: float
     looked_at: int
     is_stale: bool = False
+
+
+class Capacity(NamedTuple):
+    """Nodes of a model that take work, and the share of them that have all that they may hold."""
+
+    nodes: int
+    busy: float
 
 
 KEPT_BLOCKS = 1_000_000
@@ -151,6 +160,20 @@ class Scheduler:
         """Whether any node of `model` might be bound to now."""
         slots = self._asks_for_room
         return any(node.is_eligible and (not slots or node.has_slot) for node in self.fleet.serving(model))
+
+    def capacity(self, model: str) -> Capacity:
+        """The nodes of `model` that take work, and the share of them that are busy (of many, sampled)."""
+        nodes = [node for node in self.fleet.serving(model) if node.is_eligible]
+        looked_at = nodes[:: 1 + len(nodes) // MOST_SAMPLED]
+        busy = sum(map(self._is_busy, looked_at)) / len(looked_at) if looked_at else 0.0
+        return Capacity(nodes=len(nodes), busy=busy)
+
+    def _is_busy(self, node: NodeState) -> bool:
+        """Whether a node is known to have all that it may hold; one that told nothing is not."""
+        if node.report is None:
+            return False
+        queued_s = node.queued_tokens * node.predictor.cost.token_s
+        return not node.has_slot or queued_s > self.lookahead_s(node) or node.kv_share >= FULL
 
     # What policies are made of
 

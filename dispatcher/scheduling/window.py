@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
+from dispatcher.scheduling.backlog import Backlog
 from dispatcher.scheduling.scheduler import Choice, Planned, Scheduler
 
 BATCH_EVERY = 20
@@ -31,7 +32,7 @@ FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
 OWED, ORDINARY, SPARE = range(3)
 """Whose turn it is."""
-ENVELOPE_OVERHEAD_BYTES = 600
+ENVELOPE_OVERHEAD_BYTES = 700
 """What an envelope without its data costs in memory, measured with tracemalloc, rounded up."""
 
 
@@ -88,6 +89,7 @@ class Window:
         self._counts = dict.fromkeys(Lane, 0)
         self._bytes = dict.fromkeys(Lane, 0)
         self._loras: Counter[tuple[str, str]] = Counter()
+        self._backlogs: dict[str, Backlog] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -107,6 +109,11 @@ class Window:
         """What the waiting requests of a lane cost."""
         return self._bytes[lane]
 
+    @property
+    def backlogs(self) -> Mapping[str, Backlog]:
+        """What waits of the interactive lane, by model."""
+        return self._backlogs
+
     def is_full(self, lane: Lane, *, requests: int, bytes: int) -> bool:
         """Whether a lane has used up its share of these bounds."""
         share = LANE_SHARE[lane]
@@ -123,6 +130,11 @@ class Window:
             return
         self._waiting[ref] = waiting
         self._count(waiting, 1)
+        if waiting.ref.lane is Lane.INTERACTIVE:
+            backlog = self._backlogs.get(waiting.envelope.model)
+            if backlog is None:
+                backlog = self._backlogs[waiting.envelope.model] = Backlog()
+            backlog.push(waiting.envelope, waiting.bytes, is_fresh=not waiting.from_pending)
         queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
         heapq.heappush(queue, self._order(waiting))
 
@@ -158,11 +170,17 @@ class Window:
                 self._sweep()
         return waiting
 
-    def _take(self, ref: str) -> Waiting | None:
+    def _take(self, ref: str, *, is_bound: bool = False) -> Waiting | None:
         waiting = self._waiting.pop(ref, None)
         if waiting is not None:
             self._count(waiting, -1)
             self._urgent.discard(ref)
+            model = waiting.envelope.model
+            if waiting.ref.lane is Lane.INTERACTIVE:
+                backlog = self._backlogs[model]
+                backlog.remove(waiting.envelope, waiting.bytes, is_bound=is_bound)
+                if not backlog.requests:
+                    del self._backlogs[model]
         return waiting
 
     def _sweep(self) -> None:
@@ -281,9 +299,11 @@ class Window:
             if choice is None:
                 self._parked.append((key, order))
                 parked += 1
+                if key[0] is Lane.INTERACTIVE:
+                    self._backlogs[key[1]].stick(waiting.envelope)
                 continue
             if choice.has_room:
-                self._take(order[5])
+                self._take(order[5], is_bound=True)
                 return waiting, choice
             passed.append(order)
             name = choice.node.name

@@ -8,12 +8,14 @@ too many are under way.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from dispatcher.backends.leader_store import CloseItem, LeaderStore
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import DeadLetter, Outcome, OutcomeKind, Reason, Timing
+from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
 from dispatcher.services.state import Doom, LeaderState
 
@@ -31,6 +33,7 @@ class Endings:
         self._store = store
         self._queue: asyncio.Queue[CloseItem] = asyncio.Queue(BACKLOG)
         self._asked: set[str] = set()
+        self._withdrawn: deque[CloseItem] = deque()
 
     async def run(self) -> None:
         """Write endings until cancelled."""
@@ -86,6 +89,7 @@ class Endings:
         appended_ms: int,
         topic: str,
         record: str | None,
+        retry_after_ms: int = 0,
     ) -> None:
         """End a record at intake. `record` (base64) sends it to the dead letters too."""
         outcome = Outcome(
@@ -97,6 +101,7 @@ class Endings:
             message=message,
             fingerprint=fingerprint,
             timing=Timing(appended=appended_ms, ended=self._state.clock.now_ms()),
+            retry_after_ms=retry_after_ms,
         )
         payload = codec.encode(outcome) if id else b""
         kind = "outcome"
@@ -140,9 +145,18 @@ class Endings:
         )
         self._state.doomed.setdefault(envelope.ref, doom)
 
+    def end_withdrawn(
+        self, waiting: Waiting, kind: OutcomeKind, reason: Reason, message: str, *, retry_after_ms: int = 0
+    ) -> None:
+        """Decide the ending of a request that was withdrawn from where it waited; `carry_out` writes it."""
+        payload = self._payload(waiting.envelope, kind, reason, message, retry_after_ms)
+        self._withdrawn.append(self._waiting_item(waiting, payload))
+
     async def carry_out(self) -> None:
         """End what is doomed. Repeated until each is gone: it may be on its way between two places."""
         state = self._state
+        while self._withdrawn:
+            await self._queue.put(self._withdrawn.popleft())
         for ref, doom in list(state.doomed.items()):
             if not state.is_unfinished(ref):
                 state.doomed.pop(ref, None)
@@ -159,31 +173,42 @@ class Endings:
         bound = state.bound.get(envelope.ref)
         if waiting is None and bound is None:
             return None
-        outcome = Outcome(
-            id=envelope.id,
-            ref=envelope.ref,
-            tenant=envelope.tenant,
-            kind=doom.kind,
-            reason=doom.reason,
-            message=doom.message,
-            fingerprint=envelope.fingerprint,
-            model=envelope.model,
-            timing=Timing(appended=envelope.appended_ms, ended=state.clock.now_ms()),
-        )
-        payload = codec.encode(outcome)
+        payload = self._payload(envelope, doom.kind, doom.reason, doom.message)
+        if waiting is not None:
+            return self._waiting_item(waiting, payload)
+        job = bound.job if bound is not None else None
+        # In no place for so long: somebody deleted the job, as RQ's tools can.
+        place = "lost" if state.clock.monotonic() - doom.since_s > LOST_S else "job"
         ref = Ref.parse(envelope.ref)
-        if waiting is None:
-            job = bound.job if bound is not None else None
-            # In no place for so long: somebody deleted the job, as RQ's tools can.
-            place = "lost" if state.clock.monotonic() - doom.since_s > LOST_S else "job"
-            return CloseItem(place=place, ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
+        return CloseItem(place=place, ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
+
+    def _payload(
+        self, envelope: Envelope, kind: OutcomeKind, reason: Reason, message: str, retry_after_ms: int = 0
+    ) -> bytes:
+        return codec.encode(
+            Outcome(
+                id=envelope.id,
+                ref=envelope.ref,
+                tenant=envelope.tenant,
+                kind=kind,
+                reason=reason,
+                message=message,
+                fingerprint=envelope.fingerprint,
+                model=envelope.model,
+                timing=Timing(appended=envelope.appended_ms, ended=self._state.clock.now_ms()),
+                retry_after_ms=retry_after_ms,
+            )
+        )
+
+    def _waiting_item(self, waiting: Waiting, payload: bytes) -> CloseItem:
+        envelope = waiting.envelope
         return CloseItem(
             place="pending" if waiting.from_pending else "log",
-            ref=ref,
+            ref=waiting.ref,
             kind="outcome",
             id=envelope.id,
             payload=payload,
-            identity=state.names.identity(envelope.tenant, envelope.id),
+            identity=self._state.names.identity(envelope.tenant, envelope.id),
             fingerprint=envelope.fingerprint,
         )
 

@@ -1,4 +1,4 @@
-"""Expire: deadlines, models that nobody serves, and carrying out decided endings.
+"""Expire: deadlines, overload, models that nobody serves, and carrying out decided endings.
 
 An agent ends its own work at the deadline; the leader does so a little later for whatever an agent
 did not end, and at once for what still waits.
@@ -11,6 +11,7 @@ import heapq
 
 from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.services.close import Endings, prompt_too_long_message
+from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
 
 TICK_S = 0.1
@@ -20,9 +21,12 @@ RUNNING_GRACE_MS = 1000
 class Expire:
     """Ends what has waited or run too long."""
 
-    def __init__(self, state: LeaderState, endings: Endings, *, unknown_model_grace_s: float) -> None:
+    def __init__(
+        self, state: LeaderState, endings: Endings, shedder: Shedder, *, unknown_model_grace_s: float
+    ) -> None:
         self._state = state
         self._endings = endings
+        self._shedder = shedder
         self._grace_s = unknown_model_grace_s
         self._checked_version = -1
         self._since = state.clock.monotonic()
@@ -32,6 +36,7 @@ class Expire:
         while True:
             await asyncio.sleep(TICK_S)
             self._deadlines()
+            self._shedder.tick()
             if self._state.clock.monotonic() - self._since >= self._grace_s:
                 self._unknown_models()
                 self._unknown_loras()

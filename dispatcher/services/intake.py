@@ -18,6 +18,7 @@ from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, 
 from dispatcher.scheduling.window import LANE_SHARE, Waiting
 from dispatcher.services.cancels import doom_cancelled, take_early
 from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
+from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
 
 READ_LIMIT = 1000
@@ -34,6 +35,7 @@ class Intake:
         state: LeaderState,
         log: RequestLog,
         endings: Endings,
+        shedder: Shedder,
         *,
         limits: AdmissionLimits,
         block_size: int,
@@ -45,6 +47,7 @@ class Intake:
         self._state = state
         self._log = log
         self._endings = endings
+        self._shedder = shedder
         self._limits = limits
         self._block_size = block_size
         self._told_of_blocks = False
@@ -115,13 +118,15 @@ class Intake:
             case Refused():
                 await self._refuse(record, decision)
             case Admitted(envelope=envelope, data=data):
-                if not await self._is_repeated(record, envelope) and not await self._is_hopeless(
-                    record, envelope
-                ):
-                    self._check_blocks(envelope)
-                    state.enter(Waiting(ref=ref, envelope=envelope, data=data))
-                    if take_early(state, envelope):
-                        doom_cancelled(self._endings, envelope)
+                if await self._is_repeated(record, envelope) or await self._is_hopeless(record, envelope):
+                    return
+                is_cancelled = take_early(state, envelope)
+                if not is_cancelled and await self._is_shed(record, envelope):
+                    return
+                self._check_blocks(envelope)
+                state.enter(Waiting(ref=ref, envelope=envelope, data=data))
+                if is_cancelled:
+                    doom_cancelled(self._endings, envelope)
 
     def _check_blocks(self, envelope: Envelope) -> None:
         """Count a request whose hashes can match no node's view; it is served all the same."""
@@ -212,5 +217,24 @@ class Intake:
                 tenant=envelope.tenant,
                 fingerprint=envelope.fingerprint,
             ),
+        )
+        return True
+
+    async def _is_shed(self, record: LogRecord, envelope: Envelope) -> bool:
+        shed = self._shedder.arrival(envelope) if record.ref.lane is Lane.INTERACTIVE else None
+        if shed is None:
+            return False
+        self._state.metrics.refused.labels(shed.reason.value).inc()
+        await self._endings.refuse(
+            record.ref,
+            id=envelope.id,
+            tenant=envelope.tenant,
+            fingerprint=envelope.fingerprint,
+            reason=shed.reason,
+            message=shed.message,
+            appended_ms=record.timestamp_ms,
+            topic=self._state.names.requests(record.ref.lane),
+            record=None,
+            retry_after_ms=shed.retry_after_ms,
         )
         return True

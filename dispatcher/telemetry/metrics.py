@@ -23,6 +23,18 @@ class DispatcherMetrics:
         self.depositions = Counter("flexlb_depositions", "Leases lost or given up", registry=registry)
         self.records = Counter("flexlb_records_read", "Request records read", ["lane"], registry=registry)
         self.refused = Counter("flexlb_refused", "Records refused at intake", ["reason"], registry=registry)
+        self.shed = Counter(
+            "flexlb_shed", "Requests turned away, arriving or waiting", ["reason"], registry=registry
+        )
+        self.overloaded = Gauge(
+            "flexlb_overloaded", "1 while a model's requests are turned away", ["model"], registry=registry
+        )
+        self.predicted_wait_s = Gauge(
+            "flexlb_predicted_wait_seconds",
+            "Predicted wait of the last request in a model's queue",
+            ["model"],
+            registry=registry,
+        )
         self.window_requests = Gauge("flexlb_window_requests", "Requests waiting", registry=registry)
         self.window_bytes = Gauge("flexlb_window_bytes", "Bytes of waiting requests", registry=registry)
         self.bound_requests = Gauge("flexlb_bound_requests", "Requests at nodes", registry=registry)

@@ -32,7 +32,7 @@ from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
 from dispatcher.protocol.chunk import ChoiceDelta, Chunk, ChunkKind
-from dispatcher.protocol.outcome import Choice, OutcomeKind, Reason, Usage
+from dispatcher.protocol.outcome import Choice, Outcome, OutcomeKind, Reason, Usage
 from dispatcher.protocol.request import Endpoint, InferenceRequest, Tokens
 from dispatcher.telemetry.logging import Log
 from tests.contract.test_client import ANOTHER, ATTEMPT, OtherSide, completed
@@ -347,6 +347,37 @@ async def every_ending_has_its_status(served: Served) -> None:
                 assert caught.value.status_code == status
                 assert caught.value.message.endswith("what happened")
                 assert caught.value.code in (reason, "model_not_found", "context_length_exceeded")
+
+
+SHED = [(Reason.OVERLOADED, 429), (Reason.DEADLINE_UNREACHABLE, 429), (Reason.NO_CAPACITY, 503)]
+
+
+async def what_is_shed_says_when_to_ask_again(served: Served) -> None:
+    """Also of a stream; and the SDK asks again by itself, then, as another request."""
+    for is_streamed in (False, True):
+        for reason, status in SHED:
+            asking = served.begin(served.post({**BODY, "stream": is_streamed}))
+            request, ref = await served.side.request()
+            await served.side.publish(shed(request.id, ref, reason, retry_after_ms=2_100))
+            seen, answer, headers = await asking
+            assert (seen, answer["error"]["code"]) == (status, reason)
+            assert (headers["Retry-After"], headers["retry-after-ms"]) == ("3", "2100")
+            assert "x-should-retry" not in headers
+    async with served.openai(max_retries=1) as client:
+        asking = served.begin(client.completions.create(model="m", prompt="x"))
+        first, ref = await served.side.request()
+        await served.side.publish(shed(first.id, ref, Reason.OVERLOADED, retry_after_ms=1))
+        second, ref = await served.side.request()
+        await served.side.publish(completed(second.id, ref))
+        assert (await asking).choices[0].text == "abc"
+    assert first.id != second.id
+
+
+def shed(id: str, ref: str, reason: Reason, *, retry_after_ms: int) -> Outcome:
+    """A request that was turned away for now."""
+    return completed(
+        id, ref, kind=OutcomeKind.REJECTED, reason=reason, choices=(), retry_after_ms=retry_after_ms
+    )
 
 
 async def an_error_in_a_stream_is_an_event(served: Served) -> None:
@@ -733,6 +764,7 @@ BODIES: list[Body] = [
     a_stream_of_two_choices_and_tool_calls_is_passed_on,
     a_completion_is_streamed,
     every_ending_has_its_status,
+    what_is_shed_says_when_to_ask_again,
     an_error_in_a_stream_is_an_event,
     a_retry_that_says_the_same_is_continued_silently,
     a_retry_that_says_something_else_ends_the_stream_and_is_cancelled,

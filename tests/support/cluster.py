@@ -255,6 +255,10 @@ class Cluster:
             ):
                 self.result.violations.append(f"{outcome.ref} came to {outcome}")
 
+    async def break_things(self) -> None:
+        """The seed's faults."""
+        await Faults(self, self.rng).run()
+
     async def run(self) -> Outcome:
         """Run the seed to its end."""
         for topic in self.names.topics:
@@ -268,7 +272,7 @@ class Cluster:
             group.create_task(self.leasing.run())
             if self._hostile_records:
                 group.create_task(self.workload.submit_hostile(self._hostile_records, self._limits()))
-            group.create_task(Faults(self, self.rng).run())
+            group.create_task(self.break_things())
         until = self._loop.time() + SETTLE_S
         while self._loop.time() < until and self.invariants.unanswered():  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.25)

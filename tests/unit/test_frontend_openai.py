@@ -244,6 +244,21 @@ def test_every_ending_without_an_answer_is_a_problem_that_is_not_asked_for_again
     assert problem.message
 
 
+@pytest.mark.parametrize(
+    ("reason", "status", "type"),
+    [
+        (Reason.OVERLOADED, 429, "rate_limit_error"),
+        (Reason.DEADLINE_UNREACHABLE, 429, "rate_limit_error"),
+        (Reason.NO_CAPACITY, 503, "server_error"),
+    ],
+)
+def test_what_is_shed_says_when_to_ask_again(reason: Reason, status: int, type: str) -> None:
+    problem = problem_of(outcome(kind=OutcomeKind.REJECTED, reason=reason, retry_after_ms=12_001))
+    assert problem is not None
+    assert (problem.status, problem.type, problem.code) == (status, type, reason)
+    assert problem.headers == {"Retry-After": "13", "retry-after-ms": "12001"}
+
+
 def test_an_answer_is_no_problem_but_one_too_large_to_repeat_is() -> None:
     assert problem_of(outcome(Choice(text="a"))) is None
     problem = problem_of(outcome(message="above 8 MiB"))

@@ -375,7 +375,7 @@ def test_bytes_count_data_hashes_and_what_an_envelope_costs() -> None:
 def test_each_lane_fills_its_own_share_only() -> None:
     window = Window()
     for number in range(10):
-        window.push(waiting(number, lane=Lane.BATCH, data=b"x" * 400))
+        window.push(waiting(number, lane=Lane.BATCH, data=b"x" * 300))
     assert window.is_full(Lane.BATCH, requests=40, bytes=1 << 30)
     assert not window.is_full(Lane.BATCH, requests=41, bytes=1 << 30)
     assert window.is_full(Lane.BATCH, requests=1000, bytes=40_000)
@@ -425,3 +425,31 @@ def test_nothing_is_chosen_of_an_empty_window(lane: Lane) -> None:
     assert bench.bind_all() == [1]
     assert bench.bind() is None
     assert bench.window.models() == set()
+
+
+# Backlogs
+
+
+def test_the_backlog_of_a_model_follows_the_interactive_lane() -> None:
+    bench = Bench(fleet_of(node()), [waiting(n, prompt_tokens=84) for n in range(3)])
+    bench.window.push(waiting(9, lane=Lane.BATCH))
+    backlog = bench.window.backlogs["m"]
+    assert (backlog.requests, backlog.tokens) == (3, 300)
+    bench.window.remove("i0_1")
+    bench.bind()
+    assert (backlog.requests, backlog.tokens, backlog.bound_tokens) == (1, 100, 100)
+    bench.bind_all()
+    assert not bench.window.backlogs
+
+
+def test_what_no_eligible_node_could_take_is_no_work_ahead_of_others() -> None:
+    big = [waiting(n, prompt_tokens=5_000) for n in range(3)]
+    fitting = [waiting(n, prompt_tokens=84) for n in range(10, 13)]
+    bench = Bench(fleet_of(node(max_running=1)), [*big, *fitting])
+    bench.bind_all()
+    backlog = bench.window.backlogs["m"]
+    assert (backlog.requests, backlog.tokens) == (4, 100)
+    assert backlog.oldest_ms() == NOW_MS
+    for one in (*big, *fitting):
+        bench.window.remove(str(one.ref))
+    assert not bench.window.backlogs
