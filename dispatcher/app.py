@@ -283,6 +283,7 @@ class Dispatcher:
             request_topic=names.requests(Lane.INTERACTIVE),
             bodies_topic=names.bodies,
             reply_topics={names.replies: requests.reply_partitions},
+            isolate_tenants=settings.isolate_tenants,
         )
 
 

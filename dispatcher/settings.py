@@ -53,6 +53,9 @@ class DispatcherSettings(AccessSettings):
     block_size: int = Field(
         default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
     )
+    isolate_tenants: bool = Field(
+        default=False, description="keep each tenant's cached prompts from the others, by a salt"
+    )
     work_weight: float = Field(
         default=3.0, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
     )

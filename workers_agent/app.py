@@ -188,6 +188,7 @@ class Agent:
                 self._replies,
                 self._bodies,
                 pacer,
+                self._names,
                 history=self._history,
                 check_engine=watch.check,
             )

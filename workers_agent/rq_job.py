@@ -146,7 +146,7 @@ class _Run:
                 return NOT_RUN
             pacer = Pacer(settings.chunk_interval_s)
             history = ReplyHistory(kafka, self._names)
-            executor = Executor(state, engine, replies, bodies, pacer, history=history)
+            executor = Executor(state, engine, replies, bodies, pacer, self._names, history=history)
             return await self._execute(state, store, registration, executor, pacer, claimed)
         finally:
             await replies.stop()

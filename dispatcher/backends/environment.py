@@ -46,6 +46,7 @@ SHARED = frozenset(
         "heartbeat_ttl_s",
         "claim_lease_s",
         "default_deadline_s",
+        "isolate_tenants",
         "log_level",
         *AccessSettings.model_fields,
     }

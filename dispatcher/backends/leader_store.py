@@ -330,5 +330,5 @@ class LeaderStore:
         pairs = {}
         for job, value in held.items():
             envelope, _, data = value.partition(b"\n")
-            pairs[job.decode()] = (envelope, data)
+            pairs[job.decode(errors="replace")] = (envelope, data)
         return pairs

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from dispatcher.backends.scripts import Redis, translate
 from dispatcher.errors import StoreUnavailable
-from dispatcher.protocol.names import Names
+from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.node import Medium, Wish
 
 
@@ -25,8 +25,8 @@ class StreamEntry:
     fields: dict[bytes, bytes]
 
     def text(self, name: str) -> str:
-        """A field as text, '' when absent."""
-        return self.fields.get(name.encode(), b"").decode()
+        """A field as text, '' when absent. Bytes that are no text are replaced: its reader will refuse it."""
+        return self.fields.get(name.encode(), b"").decode(errors="replace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,17 @@ class CachedBlocks:
 
 @dataclass(kw_only=True)
 class StoredLedger:
-    """Everything a new leader needs of an intact Redis."""
+    """Everything a new leader needs of an intact Redis.
+
+    `unreadable` names jobs whose fields no script of ours has written, or a later release.
+    """
 
     marks: dict[str, int] = field(default_factory=dict)
     above: dict[str, list[int]] = field(default_factory=dict)
     settled: dict[int, int] = field(default_factory=dict)
     jobs: list[StoredJob] = field(default_factory=list)
     closing_refs: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 def stream_order(id: bytes) -> tuple[int, int]:
@@ -187,8 +191,8 @@ class StoreView:
                 found.append(
                     StoredNode(
                         node=node,
-                        incarnation=incarnation.decode(),
-                        fenced=(fenced or b"").decode(),
+                        incarnation=incarnation.decode(errors="replace"),
+                        fenced=(fenced or b"").decode(errors="replace"),
                         identity=identity or b"",
                         report=report or b"",
                         alive=loaded == incarnation,
@@ -233,8 +237,8 @@ class StoreView:
             return None
         return CachedBlocks(
             node=node,
-            incarnation=incarnation.decode(),
-            sequence=int(sequence or 0),
+            incarnation=incarnation.decode(errors="replace"),
+            sequence=int(sequence) if sequence and sequence.isdigit() else 0,
             tiers={medium: frozenset(found) for medium, found in zip(tiers, members, strict=True)},
         )
 
@@ -253,7 +257,7 @@ class StoreView:
         await self._read_jobs(ledger, await self.node_names())
         await self._read_pending(ledger)
         entries = await self._ask(client.xrange(names.closing), "closing")
-        ledger.closing_refs = [fields[b"ref"].decode() for _, fields in entries]
+        ledger.closing_refs = [StreamEntry(id=id, fields=fields).text("ref") for id, fields in entries]
         return ledger
 
     async def _read_jobs(self, ledger: StoredLedger, nodes: Iterable[str]) -> None:
@@ -271,28 +275,33 @@ class StoreView:
             for index, (job, stored) in enumerate(zip(ids, fields, strict=True)):
                 if stored[0] is not None:
                     in_hand = index >= len(waiting)
-                    ledger.jobs.append(_stored_job(job.decode(), node, stored, claimed=in_hand))
+                    _keep(ledger, job.decode(), _stored_job(job.decode(), node, stored, claimed=in_hand))
 
     async def _read_pending(self, ledger: StoredLedger) -> None:
         pending = await self._ask(self._client.zrange(self.names.pending, 0, -1, withscores=True), "pending")
-        fields = await self._job_fields([self.names.pending_job(ref.decode()) for ref, _ in pending])
-        for (_, not_before), stored in zip(pending, fields, strict=True):
+        fields = await self._job_fields(
+            [self.names.pending_job(ref.decode(errors="replace")) for ref, _ in pending]
+        )
+        for (ref, not_before), stored in zip(pending, fields, strict=True):
             if stored[0] is not None:
-                ledger.jobs.append(_stored_job("", "", stored, claimed=False, not_before_ms=int(not_before)))
+                job = _stored_job("", "", stored, claimed=False, not_before_ms=int(not_before))
+                _keep(ledger, ref.decode(errors="replace"), job)
 
     async def pending_refs(self) -> list[str]:
         """Refs in `pending`, by not-before."""
         return [
-            ref.decode() for ref in await self._ask(self._client.zrange(self.names.pending, 0, -1), "pending")
+            ref.decode(errors="replace")
+            for ref in await self._ask(self._client.zrange(self.names.pending, 0, -1), "pending")
         ]
 
     async def pending_jobs(self, refs: Iterable[str]) -> list[StoredJob]:
-        """The pending entries of `refs`, those that exist."""
+        """The pending entries of `refs`, those that exist and can be read."""
         fields = await self._job_fields([self.names.pending_job(ref) for ref in refs])
-        return [_stored_job("", "", stored, claimed=False) for stored in fields if stored[0] is not None]
+        jobs = [_stored_job("", "", stored, claimed=False) for stored in fields if stored[0] is not None]
+        return [job for job in jobs if job is not None]
 
     async def stored_job(self, job: str) -> StoredJob | None:
-        """One job, None when its hash does not exist."""
+        """One job, None when its hash does not exist or can't be read."""
         (fields,) = await self._job_fields([self.names.job(job)])
         return _stored_job(job, "", fields, claimed=False) if fields[0] is not None else None
 
@@ -316,24 +325,38 @@ def _wish(text: str) -> Wish:
     return Wish(text) if text in Wish.__members__.values() else Wish.CORDON
 
 
+def _keep(ledger: StoredLedger, name: str, job: StoredJob | None) -> None:
+    if job is None:
+        ledger.unreadable.append(name)
+    else:
+        ledger.jobs.append(job)
+
+
 def _stored_job(
     job: str, node: str, fields: list[Any], *, claimed: bool, not_before_ms: int = 0
-) -> StoredJob:
+) -> StoredJob | None:
+    """A job as its hash tells, which its node's agent may write; None when that can't be read."""
     ref, envelope, failures, excluded, number, hit, crashed, cause = fields
-    return StoredJob(
-        job=job,
-        node=node,
-        ref=ref.decode(),
-        claimed=claimed,
-        envelope=envelope or b"",
-        failures=int(failures or 0),
-        excluded=_names(excluded),
-        not_before_ms=not_before_ms,
-        number=int(number or 0),
-        hit_tokens=int(hit or 0),
-        crashed=_names(crashed),
-        cause=(cause or b"").decode(),
-    )
+    try:
+        read = Ref.parse(ref.decode())
+        if job and JobId.parse(job).ref != read:
+            return None
+        return StoredJob(
+            job=job,
+            node=node,
+            ref=str(read),
+            claimed=claimed,
+            envelope=envelope or b"",
+            failures=int(failures or 0),
+            excluded=_names(excluded),
+            not_before_ms=not_before_ms,
+            number=int(number or 0),
+            hit_tokens=int(hit or 0),
+            crashed=_names(crashed),
+            cause=(cause or b"").decode(),
+        )
+    except ValueError:
+        return None
 
 
 def _names(text: bytes | None) -> tuple[str, ...]:

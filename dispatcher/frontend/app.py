@@ -30,13 +30,14 @@ from dispatcher.frontend.exchange import RESTARTED, STOPPING, Exchange, Question
 from dispatcher.frontend.listener import Listener
 from dispatcher.frontend.metrics import FrontendMetrics
 from dispatcher.frontend.models import Models
-from dispatcher.frontend.openai import model_of, models_of, read_ask
+from dispatcher.frontend.openai import Ask, model_of, models_of, read_ask
 from dispatcher.frontend.problem import CLIENT_LEFT, Problem, Refused, refused
 from dispatcher.frontend.prompt_tokens import tokens_of
 from dispatcher.frontend.request_headers import read_headers, request_id_of
 from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.request import Endpoint
+from dispatcher.protocol.tenant_salt import effective_salt
 from dispatcher.telemetry.logging import Log
 
 HEALTH_CACHED_S = 2.0
@@ -304,9 +305,12 @@ class Frontend:
             model=model,
             headers=headers,
             deadline_ms=headers.deadline_ms or int(self._settings.default_deadline_s * 1000),
-            tokens=tokens_of(ask, model, self._settings.block_size),
+            tokens=tokens_of(ask, model, self._settings.block_size, salt=self._salt_of(ask, tenant)),
         )
         return self._clients[tenant], question
+
+    def _salt_of(self, ask: Ask, tenant: str) -> str:
+        return effective_salt(tenant, ask.cache_salt or "", isolate=self._settings.isolate_tenants)
 
     def _tenant_of(self, request: web.Request) -> str:
         if self._keys is None:

@@ -23,7 +23,7 @@ _NUMBERS = re.compile(rb"\s*\[\s*[0-9]")
 _token_ids = msgspec.json.Decoder(list[Annotated[int, Meta(ge=0, lt=1 << 32)]])
 
 
-def tokens_of(ask: Ask, model: str, block_size: int) -> Tokens | None:
+def tokens_of(ask: Ask, model: str, block_size: int, *, salt: str) -> Tokens | None:
     """Count and hash the prompt's tokens; None when the body does not give them."""
     if not _NUMBERS.match(ask.prompt):
         return None
@@ -31,7 +31,5 @@ def tokens_of(ask: Ask, model: str, block_size: int) -> Tokens | None:
         ids = _token_ids.decode(ask.prompt)
     except msgspec.DecodeError:
         return None
-    hashes = block_hashes(
-        ids[: MAX_BLOCKS * block_size], model=model, block_size=block_size, cache_salt=ask.cache_salt or ""
-    )
+    hashes = block_hashes(ids[: MAX_BLOCKS * block_size], model=model, block_size=block_size, cache_salt=salt)
     return Tokens(count=len(ids), block_size=block_size, block_hashes=hashes)

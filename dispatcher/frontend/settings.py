@@ -38,6 +38,9 @@ class FrontendSettings(AccessSettings):
     block_size: int = Field(
         default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
     )
+    isolate_tenants: bool = Field(
+        default=False, description="keep each tenant's cached prompts from the others, as dispatchers do"
+    )
     max_body_bytes: int = Field(
         default=MAX_BODY_BYTES, ge=1024, le=MAX_BODY_BYTES, description="largest body accepted, bytes"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from dispatcher.protocol.names import Ref
+from dispatcher.protocol.names import Lane, Names, Ref
 from dispatcher.protocol.request import FIRST_VERSION, NO_BODY, BodyRef, Endpoint, ReplyTo
 
 ENTRY_POINT = "workers_agent.rq_job.execute"
@@ -67,6 +67,20 @@ class Work(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: str = ""
     traceparent: str = ""
     v: int = FIRST_VERSION
+
+
+def stray_route(work: Work, names: Names) -> str:
+    """Tell which topic of `work` an agent must neither read nor write, and why; '' when all are the pool's.
+
+    The leader admits no such request: whoever put the job there was not it.
+    """
+    reply = work.reply_to.topic if work.reply_to is not None else None
+    if reply not in {None, names.replies}:
+        return f"reply_to.topic: expected {names.replies}, seen {reply[:120]!r}"
+    body = work.body_ref.topic if work.body_ref is not None else names.bodies
+    if body not in {names.bodies, *map(names.requests, Lane)}:
+        return f"body_ref.topic: expected {names.bodies} or a request topic, seen {body[:120]!r}"
+    return ""
 
 
 def ref_of(envelope: Envelope) -> Ref:

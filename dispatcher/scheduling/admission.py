@@ -18,6 +18,7 @@ from dispatcher.protocol.assignment import Envelope, Work, encode_job_data
 from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import Reason
 from dispatcher.protocol.request import INLINE_BODY_BYTES, NO_BODY, BodyRef, InferenceRequest
+from dispatcher.protocol.tenant_salt import effective_salt, salted_hashes
 from dispatcher.protocol.text_hash import CHUNK_TOKENS, text_hashes
 
 BYTES_PER_TOKEN = 4
@@ -27,7 +28,7 @@ DEFAULT_MAX_TOKENS = 256
 @dataclass(frozen=True, kw_only=True)
 class AdmissionLimits:
     """What a pool accepts. `reply_topics` maps each allowed topic to its number of partitions; the
-    first is the default."""
+    first is the default. `isolate_tenants` salts the blocks of each tenant by its name."""
 
     max_record_bytes: int
     default_deadline_ms: int
@@ -35,6 +36,7 @@ class AdmissionLimits:
     request_topic: str
     bodies_topic: str
     reply_topics: Mapping[str, int]
+    isolate_tenants: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,8 @@ def _admitted(
     print_ = fingerprint(request)
     deadline = request.deadline_ms or limits.default_deadline_ms
     prompt_tokens, exact, max_tokens = _sizes(request, body)
-    block_size, hashes, of_text = _hashes(request, body)
+    salt = effective_salt(request.tenant, request.cache_salt or "", isolate=limits.isolate_tenants)
+    block_size, hashes, of_text = _hashes(request, body, salt, isolate=limits.isolate_tenants)
     body_ref, in_request = request.body_ref, False
     if body and (len(body) > INLINE_BODY_BYTES or not carry_bodies):
         in_request = True
@@ -243,19 +246,20 @@ def _admitted(
         deadline_at_ms=appended_ms + deadline,
         appended_ms=appended_ms,
         fingerprint=print_,
-        cache_salt=request.cache_salt or "",
+        cache_salt=salt,
         traceparent=traceparent,
     )
     return Admitted(envelope=envelope, data=encode_job_data(work))
 
 
-def _hashes(request: InferenceRequest, body: bytes) -> tuple[int, tuple[str, ...], bool]:
+def _hashes(
+    request: InferenceRequest, body: bytes, salt: str, *, isolate: bool
+) -> tuple[int, tuple[str, ...], bool]:
     """(block size, hashes, whether they are of text): what tells which prompts begin alike."""
     if request.tokens is not None:
         return request.tokens.block_size, request.tokens.block_hashes, False
-    hashes = request.text_hashes or text_hashes(
-        body, model=request.model, lora=request.lora or "", cache_salt=request.cache_salt or ""
-    )
+    given = salted_hashes(request.text_hashes, salt) if isolate else request.text_hashes
+    hashes = given or text_hashes(body, model=request.model, lora=request.lora or "", cache_salt=salt)
     return (CHUNK_TOKENS, hashes, True) if hashes else (0, (), False)
 
 

@@ -31,7 +31,11 @@ def note_finished(state: LeaderState, ref: str, ending: ReadyEnding) -> None:
     """Log one published ending, count it, and learn from it."""
     if ending.publication is None or not ending.publication.outcome:
         return
-    line = _line.decode(ending.publication.outcome)
+    try:
+        line = _line.decode(ending.publication.outcome)
+    except msgspec.DecodeError as error:
+        state.log.warning("request finished, its outcome is not ours", ref=ref, error=str(error))
+        return
     state.metrics.outcomes.labels(_known(line.kind, OutcomeKind), _known(line.reason, Reason)).inc()
     timing = line.timing
     if line.kind == OutcomeKind.COMPLETED:

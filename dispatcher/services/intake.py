@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 
 from dispatcher.backends.request_log import LogRecord, RequestLog
 from dispatcher.protocol.assignment import Envelope
@@ -144,14 +145,10 @@ class Intake:
             )
 
     def _batch_limits(self) -> AdmissionLimits:
-        limits = self._limits
-        return AdmissionLimits(
-            max_record_bytes=limits.max_record_bytes,
-            default_deadline_ms=limits.max_deadline_ms,
-            max_deadline_ms=limits.max_deadline_ms,
+        return replace(
+            self._limits,
+            default_deadline_ms=self._limits.max_deadline_ms,
             request_topic=self._state.names.requests(Lane.BATCH),
-            bodies_topic=limits.bodies_topic,
-            reply_topics=limits.reply_topics,
         )
 
     async def _refuse(self, record: LogRecord, refused: Refused) -> None:

@@ -41,12 +41,18 @@ class ReadyEnding:
 
 
 def ready_ending(entry: StreamEntry, ref: Ref) -> ReadyEnding:
-    """The ending of an entry that holds its outcome."""
+    """The ending of an entry that holds its outcome.
+
+    Raises:
+        ValueError: it holds none, or that of another request.
+    """
     payload = entry.fields.get(b"payload", b"")
     outcome, dead = payload, b""
     if entry.text("kind") == "dead":
         outcome, _, dead = payload.partition(b"\n")
     id = entry.text("id")
+    if outcome and (seen := codec.outcome_heads.decode(outcome).ref) != str(ref):
+        raise ValueError(f"outcome: expected that of {ref}, seen {seen[:80]!r}")
     if len(outcome) > LARGEST_OUTCOME_BYTES:
         outcome = _without_text(outcome)
     publication = Publication(key=id.encode(), outcome=outcome, dead=dead)

@@ -78,23 +78,41 @@ class Publish:
     async def publish(self, entries: list[StreamEntry]) -> None:
         """Carry out one batch of closing entries."""
         endings: list[ReadyEnding] = []
-        failed = []
+        failed, foreign = [], []
         for entry in entries:
+            try:
+                ref = self._open_ref(entry)
+            except ValueError as error:
+                foreign.append(entry.id)
+                self._refuse(entry, error)
+                continue
             if entry.text("kind") in {"failed", "released"}:
                 failed.append(entry)
                 continue
             try:
-                ref = Ref.parse(entry.text("ref"))
-                self._state.unbind(str(ref), answered=True)
                 endings.append(ready_ending(entry, ref))
             except ValueError as error:
-                self._state.metrics.foreign.inc()
-                self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
+                # Of a later release, perhaps, whose leader may read it; else the deadline ends the request.
+                self._refuse(entry, error)
+            else:
+                self._state.unbind(str(ref), answered=True)
         if failed:
             endings += await self._failures.carry_out(failed)
-        await self._publish(endings)
+        await self._publish(endings, foreign)
 
-    async def _publish(self, endings: list[ReadyEnding]) -> None:
+    def _open_ref(self, entry: StreamEntry) -> Ref:
+        """The ref of an entry of ours; ValueError for what no script of ours has written."""
+        ref = Ref.parse(entry.text("ref"))
+        if ref.source not in self._state.progress:
+            raise ValueError(f"ref: expected a partition of this pool, seen {ref}")
+        return ref
+
+    def _refuse(self, entry: StreamEntry, error: ValueError) -> None:
+        self._state.metrics.foreign.inc()
+        self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error)[:500])
+
+    async def _publish(self, endings: list[ReadyEnding], foreign: list[bytes]) -> None:
+        """Make endings known, and drop what is none of ours."""
         state = self._state
         fresh: dict[str, ReadyEnding] = {}
         for ending in endings:
@@ -118,7 +136,7 @@ class Publish:
         if not fresh and not finished:
             self._starts.pop(self._transaction)
             self._transaction -= 1
-            if not endings:
+            if not endings and not foreign:
                 return
         else:
             await self._commit(fresh, finished)
@@ -126,7 +144,8 @@ class Publish:
         await until_answered(
             lambda: self._store.settle(
                 self._positions,
-                [(ending.entry, ending.job_to_delete) for ending in endings],
+                [(ending.entry, ending.job_to_delete) for ending in endings]
+                + [(entry, "") for entry in foreign],
                 errors={ending.job_to_delete: ending.error for ending in endings if ending.error},
                 now_iso=now_iso,
             ),

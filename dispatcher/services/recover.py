@@ -88,7 +88,7 @@ class Recovery:
         if stored is not None and intact:
             state.generation = stored[0]
             self._store.note_counter(stored[1])
-            positions = await self._load(marks, floor)
+            positions = await self._load(marks, floor, finished)
         else:
             positions = await self._rebuild(marks, floor, fresh=not finished)
         self._requests.seek({source: progress.next_read for source, progress in state.progress.items()})
@@ -142,7 +142,9 @@ class Recovery:
         mirror.left = set()
         mirror.forgive()
 
-    async def _load(self, marks: Mapping[str, int], floor: Mapping[str, int]) -> dict[int, int]:
+    async def _load(
+        self, marks: Mapping[str, int], floor: Mapping[str, int], finished: Mapping[str, Finished]
+    ) -> dict[int, int]:
         """Take over from an intact Redis."""
         await self._fence_forgotten_nodes()
         state = self._state
@@ -150,9 +152,19 @@ class Recovery:
         since = {int(partition): offset for partition, offset in floor.items()} | ledger.settled
         heads, ends = await read_outcomes(self._kafka, state.names, since)
         published = {head.ref for head in heads}
-        await self._drop_answered([job for job in ledger.jobs if job.ref in published])
-        unfinished = {job.ref for job in ledger.jobs} | set(ledger.closing_refs)
-        open_refs = [Ref.parse(ref) for ref in unfinished - published]
+
+        def is_open(ref: Ref) -> bool:
+            below = ref.source in finished and ref.offset < finished[ref.source].offset
+            return ref.source in marks and not below and str(ref) not in published
+
+        jobs = [job for job in ledger.jobs if is_open(Ref.parse(job.ref))]
+        known = [job for job in ledger.jobs if Ref.parse(job.ref).source in marks]
+        await self._drop_answered([job for job in known if not is_open(Ref.parse(job.ref))])
+        if ledger.unreadable:
+            state.metrics.foreign.inc(len(ledger.unreadable))
+            state.log.error("jobs can't be read, left where they are", jobs=ledger.unreadable[:10])
+        told = {job.ref for job in jobs} | {*ledger.closing_refs, *map(_ref_in, ledger.unreadable)}
+        open_refs = [ref for ref in map(_parsed, told) if ref is not None and is_open(ref)]
         starts = await self._requests.log_starts()
         for source, mark in marks.items():
             at = max(ledger.marks.get(source, mark), mark)
@@ -167,9 +179,8 @@ class Recovery:
                 taken_above=taken_above,
                 open_above=[offset for offset in offsets if offset >= at],
             )
-        for job in ledger.jobs:
-            if job.ref not in published:
-                self._restore(job)
+        for job in jobs:
+            self._restore(job)
         return ends
 
     async def _drop_answered(self, jobs: Sequence[StoredJob]) -> None:
@@ -190,14 +201,12 @@ class Recovery:
             for job in jobs
         ]
         answers = await until_answered(lambda: self._store.close(items), self._state.metrics)
-        ended = {item.ref for item, answer in zip(items, answers, strict=True) if answer != "ok"}
+        ended = {str(item.ref) for item, answer in zip(items, answers, strict=True) if answer != "ok"}
         if ended:
             entries, _ = await until_answered(
                 lambda: self._view.read_closing(b"0-0", block_ms=1, count=MOST_CLOSING), self._state.metrics
             )
-            again = [
-                (entry.id, entry.text("job")) for entry in entries if Ref.parse(entry.text("ref")) in ended
-            ]
+            again = [(entry.id, entry.text("job")) for entry in entries if entry.text("ref") in ended]
             await until_answered(lambda: self._store.settle({}, again), self._state.metrics)
         self._state.log.warning(
             "answered requests taken out of Redis, which went back in time", count=len(jobs)
@@ -216,7 +225,13 @@ class Recovery:
 
     def _restore(self, job: StoredJob) -> None:
         state = self._state
-        envelope = codec.envelopes.decode(job.envelope)
+        try:
+            envelope = codec.envelopes.decode(job.envelope)
+        except codec.MalformedRecord as error:
+            # Its request stays open, for a leader of a later release perhaps.
+            state.metrics.foreign.inc()
+            state.log.error("job can't be read, left where it is", job=job.job or job.ref, error=str(error))
+            return
         if job.job:
             bound = Bound(
                 envelope=envelope,
@@ -300,10 +315,15 @@ class Recovery:
             )
             claims = []
             for text, (encoded, data) in held.items():
-                job = JobId.parse(text)
+                try:
+                    job, envelope = JobId.parse(text), codec.envelopes.decode(encoded)
+                except ValueError as error:
+                    state.metrics.foreign.inc()
+                    state.log.error("held job can't be read", node=stored.node, error=str(error))
+                    continue
                 known = job.ref.source in marks and job.ref.offset >= marks[job.ref.source]
                 if known and job.ref.offset not in finished_above[job.ref.source] and job.ref not in adopted:
-                    claims.append((job, codec.envelopes.decode(encoded), encoded, data))
+                    claims.append((job, envelope, encoded, data))
             items = [
                 AdoptItem(
                     job=job,
@@ -337,6 +357,22 @@ class Recovery:
 def _is_paid(cause: str) -> bool:
     """Whether a pending request waits for a token: it failed, and was not merely given back."""
     return cause in FailureCause.__members__.values() and not is_given_back(FailureCause(cause))
+
+
+def _parsed(ref: str) -> Ref | None:
+    """A ref, None for what is none."""
+    try:
+        return Ref.parse(ref)
+    except ValueError:
+        return None
+
+
+def _ref_in(name: str) -> str:
+    """The ref in a job's id; a pending one is named by its ref."""
+    try:
+        return str(JobId.parse(name).ref)
+    except ValueError:
+        return name
 
 
 def _floor(finished: Iterable[Finished]) -> dict[str, int]:

@@ -351,10 +351,16 @@ class Guard:
             return
         stored = await until_answered(lambda: self._view.pending_jobs(missing), self._state.metrics)
         for job in stored:
+            try:
+                envelope = codec.envelopes.decode(job.envelope)
+            except codec.MalformedRecord as error:
+                self._state.metrics.foreign.inc()
+                self._state.log.error("pending job can't be read", ref=job.ref, error=str(error))
+                continue
             self._state.enter(
                 Waiting(
                     ref=Ref.parse(job.ref),
-                    envelope=codec.envelopes.decode(job.envelope),
+                    envelope=envelope,
                     from_pending=True,
                     failures=job.failures,
                     excluded=job.excluded,

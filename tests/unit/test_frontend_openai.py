@@ -95,7 +95,7 @@ def test_token_ids_are_counted_and_hashed_as_they_are_cached() -> None:
     body = json.dumps({"prompt": ids, "cache_salt": "blue"}).encode()
     hashes = block_hashes(ids, model="m", block_size=16, cache_salt="blue")
     assert len(hashes) == 2
-    assert tokens_of(read_ask(Endpoint.COMPLETIONS, body), "m", 16) == Tokens(
+    assert tokens_of(read_ask(Endpoint.COMPLETIONS, body), "m", 16, salt="blue") == Tokens(
         count=40, block_size=16, block_hashes=hashes
     )
 
@@ -103,8 +103,8 @@ def test_token_ids_are_counted_and_hashed_as_they_are_cached() -> None:
 @pytest.mark.parametrize("prompt", ["text", ["a"], [[1, 2]], [], [1, "a"], [1 << 32], [-1], [1.5], None])
 def test_of_any_other_prompt_no_tokens_are_claimed(prompt: object) -> None:
     body = json.dumps({"prompt": prompt}).encode()
-    assert tokens_of(read_ask(Endpoint.COMPLETIONS, body), "m", 16) is None
-    assert tokens_of(read_ask(Endpoint.CHAT, body), "m", 16) is None
+    assert tokens_of(read_ask(Endpoint.COMPLETIONS, body), "m", 16, salt="") is None
+    assert tokens_of(read_ask(Endpoint.CHAT, body), "m", 16, salt="") is None
 
 
 def test_one_delta_is_passed_on_as_it_is() -> None:

@@ -132,10 +132,11 @@ _elements = msgspec.json.Decoder(list[Raw])
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def streaming_body(endpoint: Endpoint, body: bytes, model: str) -> tuple[bytes, int]:
+def streaming_body(endpoint: Endpoint, body: bytes, model: str, cache_salt: str = "") -> tuple[bytes, int]:
     """Make `body` ask for a stream with usage; return it and how many choices will answer it.
 
-    A body that names no model gets the request's; one that may be answered in two runs asks for token ids.
+    A body that names no model gets the request's; a salt of the request's counts before the body's own. One
+    that may be answered in two runs asks for token ids.
     Values are not re-encoded.
 
     Raises:
@@ -156,6 +157,8 @@ def streaming_body(endpoint: Endpoint, body: bytes, model: str) -> tuple[bytes, 
         raise EngineFailure(FailureCause.REFUSED, f"body: n: expected 1 or more, seen {n}")
     if "model" not in fields:
         fields["model"] = Raw(msgspec.json.encode(model))
+    if cache_salt:
+        fields["cache_salt"] = Raw(msgspec.json.encode(cache_salt))
     fields["stream"] = Raw(b"true")
     fields["stream_options"] = Raw(b'{"include_usage":true}')
     if continuable(endpoint, body) is not None:
@@ -335,7 +338,7 @@ class OpenAIEngine:
     async def stream(self, work: Work, body: bytes) -> AsyncGenerator[Piece, None]:
         """Run `body` at `work.endpoint`; see `Engine.stream`."""
         loop = asyncio.get_running_loop()
-        body, choices = streaming_body(work.endpoint, body, work.model)
+        body, choices = streaming_body(work.endpoint, body, work.model, work.cache_salt)
         deadline = loop.time() + self._first_token_timeout_s
         response = await self._post(work, body, deadline)
         try:

@@ -20,9 +20,9 @@ from dispatcher.backends.reply_history import ReplyHistory
 from dispatcher.backends.reply_log import Place, ReplyLog
 from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol import codec
-from dispatcher.protocol.assignment import Work
+from dispatcher.protocol.assignment import Work, stray_route
 from dispatcher.protocol.chunk import ChoiceDelta
-from dispatcher.protocol.names import Attempt
+from dispatcher.protocol.names import Attempt, Names
 from dispatcher.protocol.outcome import (
     Choice,
     FailedAttempt,
@@ -186,6 +186,7 @@ class Executor:
         replies: ReplyLog,
         bodies: BodyLog,
         pacer: Pacer,
+        names: Names,
         *,
         history: ReplyHistory | None = None,
         check_engine: Callable[[float], Awaitable[bool]] = _no_check,
@@ -195,6 +196,7 @@ class Executor:
         self._replies = replies
         self._bodies = bodies
         self._pacer = pacer
+        self._names = names
         self._history = history
         self._check_engine = check_engine
         self._prefills = Prefills()
@@ -300,6 +302,8 @@ class Executor:
     async def _generate(
         self, job: str, attempt: Attempt, work: Work, answer: Answer, stream: ReplyStream, checkpoint: bytes
     ) -> None:
+        if stray := stray_route(work, self._names):
+            raise EngineFailure(FailureCause.REFUSED, stray)
         body = await self._body(work)
         plan = continuable(work.endpoint, body)
         stream.keeps_checkpoint = plan is not None

@@ -24,8 +24,8 @@ local function move(id)
   if string.sub(id, 1, #mine) ~= mine then return end
   local job = 'rq:job:' .. id
   local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts')
-  local ref = fields[1]
-  if not ref then return end
+  local ref = string.match(string.sub(id, #mine + 1), '^([ib]%d+_%d+)%-%-%d+_%d+$')
+  if not ref or not fields[1] then return end
   local excluded = fields[2] or ''
   if not string.find(',' .. excluded .. ',', ',' .. ARGV[4] .. ',', 1, true) then
     excluded = excluded == '' and ARGV[4] or (excluded .. ',' .. ARGV[4])
@@ -36,7 +36,7 @@ local function move(id)
   redis.call('ZREM', KEYS[8], id .. ':flexlb')
   redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
   redis.call('PERSIST', ARGV[3] .. 'pending:' .. ref)
-  redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7],
+  redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'ref', ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7],
     'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
   redis.call('ZADD', KEYS[3], now, ref)
   moved[#moved + 1] = ref
