@@ -153,7 +153,6 @@ async def test_a_planted_job_makes_no_agent_write_or_read_elsewhere(
         running_agent(one, engine) as (agent, _),
     ):
         names = one.names
-        topics_before = await topics_of(one)
         job = JobId(pool, "n1", Ref(Lane.BATCH, 0, 0), Attempt(1, 1))
         plain = Work(ref=str(job.ref), id="planted", model=MODEL, endpoint=Endpoint.COMPLETIONS)
         work = msgspec.structs.replace(plain, **{"body": msgspec.Raw(b'{"prompt":"x"}'), **stray})
@@ -172,7 +171,7 @@ async def test_a_planted_job_makes_no_agent_write_or_read_elsewhere(
         await one.append(request("served"))
         assert (await one.outcome("served")).kind is OutcomeKind.COMPLETED
         assert engine.started == ["served"]
-        assert await topics_of(one) == topics_before
+        assert not await topics_of(one) & {"elsewhere", "outcomes", "secrets"}
 
 
 async def topics_of(pool: Pool) -> set[str]:
