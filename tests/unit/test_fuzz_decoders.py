@@ -95,7 +95,7 @@ def decide(data: bytes) -> object:
 def ask(data: bytes) -> object:
     """What the frontend makes of a body."""
     found = read_ask(Endpoint.CHAT, data)
-    tokens_of(found, found.model or "m", 256)
+    tokens_of(found, found.model or "m", 256, salt="")
     return read_ask(Endpoint.COMPLETIONS, data)
 
 
