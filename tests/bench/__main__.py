@@ -8,26 +8,34 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import cancel, failover, hops, latency
+from tests.bench import cancel, failover, hops, latency, soak
 from tests.bench.machine import describe_machine
 
 BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run, "cancel": cancel.run}
+ALONE = {"soak": soak.run}
+"""Too long to be run with the others: by name only."""
 
 
 def main() -> int:
     """Run the benchmarks named, or all."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all when absent")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join([*BENCHES, *ALONE])}; all but {', '.join(ALONE)} when absent",
+    )
     parser.add_argument("--json", type=Path, metavar="DIR", help="leave one JSON file per benchmark here")
     options = parser.parse_args()
-    unknown = set(options.names) - set(BENCHES)
+    benches = BENCHES | ALONE
+    unknown = set(options.names) - set(benches)
     if unknown:
-        parser.error(f"expected {', '.join(BENCHES)}, seen {', '.join(sorted(unknown))}")
+        parser.error(f"expected {', '.join(benches)}, seen {', '.join(sorted(unknown))}")
     machine = describe_machine()
     print(machine)
     for name in options.names or BENCHES:
         print(f"\n{name}", flush=True)
-        result = {"bench": name, "machine": machine, **asyncio.run(BENCHES[name]())}
+        result = {"bench": name, "machine": machine, **asyncio.run(benches[name]())}
         if options.json:
             options.json.mkdir(parents=True, exist_ok=True)
             (options.json / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -44,7 +44,7 @@ ALLOWED_GAP_S = 3.0
 ALLOWED_BACK_S = 5.0
 
 
-class _Load:
+class Load:
     """Short requests at a steady rate; notes which were answered when."""
 
     def __init__(self, client: Client, model: str, rate: float, prefix: str) -> None:
@@ -79,9 +79,9 @@ class _Load:
 
 
 @contextlib.asynccontextmanager
-async def _loaded(stack: LocalStack, client: Client, rate: float, prefix: str) -> AsyncIterator[_Load]:
+async def loaded(stack: LocalStack, client: Client, rate: float, prefix: str) -> AsyncIterator[Load]:
     """A load while the block runs; everything it sent is answered when it ends."""
-    load = _Load(client, stack.settings.model, rate, prefix)
+    load = Load(client, stack.settings.model, rate, prefix)
     sending = asyncio.create_task(load.run())
     try:
         yield load
@@ -152,7 +152,7 @@ async def _kill_leaders(stack: LocalStack) -> list[float]:
     try:
         async with Client(stack.kafka, stack.settings.pool) as client:
             await placed.wait()
-            async with _loaded(stack, client, RATE, "leader"):
+            async with loaded(stack, client, RATE, "leader"):
                 epoch, _ = await begun.epoch_after(0)
                 for _ in range(LEADER_KILLS):
                     leader = await _leader_of(stack)
@@ -228,7 +228,7 @@ async def _lose_redis(stack: LocalStack) -> list[float]:
     assert stack.valkey is not None
     took = []
     async with Client(stack.kafka, stack.settings.pool) as client:
-        async with _loaded(stack, client, LOSS_RATE, "redis") as load:
+        async with loaded(stack, client, LOSS_RATE, "redis") as load:
             for _ in range(REDIS_LOSSES):
                 await asyncio.sleep(3.0)
                 await stack.valkey.wipe()
