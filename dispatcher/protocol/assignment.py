@@ -106,7 +106,7 @@ def decode_job_data(data: bytes) -> Work:
         function, _, args, _ = _job_data.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
-            f"job data: expected FlexLB work in JSON, seen {len(data)} other bytes ({error})"
+            f"job data: expected FlexLB work in JSON, seen {len(data)} other bytes ({str(error)[:400]})"
         ) from None
     if function != ENTRY_POINT:
         raise ValueError(f"job data: expected function {ENTRY_POINT}, seen {function[:120]!r}")
