@@ -18,8 +18,10 @@ from dispatcher.local.valkey import ValkeyServer
 from tests.support.servers import NO_KAFKA, REQUIRE_KAFKA, KafkaAddress, SharedKafka, give_up, why_no_kafka
 
 # No deadlines: a busy machine would break them.
-hypothesis.settings.register_profile("gate", deadline=None)
-hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
+# A busy machine makes examples slow, not wrong.
+patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("gate", patient)
+hypothesis.settings.register_profile("long", patient, max_examples=2000)
 hypothesis.settings.load_profile("long" if os.environ.get("FLEXLB_TEST_PROFILE") == "long" else "gate")
 
 SHARED_KAFKA = pytest.StashKey[SharedKafka]()
