@@ -6,18 +6,15 @@ in the order in which a request meets what they break; a plant that no longer ap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaError
 
-from dispatcher.backends.outcome_log import CommitNote, OutcomeLog, Publication
 from dispatcher.backends.scripts import Script
 from dispatcher.backends.store_view import StoredLedger, StoreView
-from dispatcher.errors import LogUnavailable
 from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.services import recover
 from dispatcher.services.publish import Publish
@@ -140,31 +137,6 @@ def settle_before_publish(patch: pytest.MonkeyPatch) -> dict[str, str]:
     return {}
 
 
-def outcome_outside_the_transaction(patch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Outcomes are sent by a producer of their own, then the marks are committed."""
-    shipped = OutcomeLog.publish
-
-    async def publish(
-        log: OutcomeLog, records: Sequence[Publication], finished: Mapping[str, int], note: CommitNote
-    ) -> dict[int, int]:
-        plain: Any = log._kafka.producer(acks="all", enable_idempotence=True)
-        after: dict[int, int] = {}
-        try:
-            await plain.start()
-            for record in records:
-                written = await plain.send_and_wait(log._names.outcomes, record.outcome, key=record.key)
-                after[written.partition] = written.offset + 1
-        except KafkaError as error:
-            raise LogUnavailable(f"plain producer: {error!r}") from error
-        finally:
-            await plain.stop()
-        await shipped(log, [], finished, note)
-        return after
-
-    patch.setattr(OutcomeLog, "publish", publish)
-    return {}
-
-
 def finished_without_outcome(patch: pytest.MonkeyPatch) -> dict[str, str]:
     """The *finished* mark is committed as far as was read, as a plain consumer does."""
     patch.setattr(SourceProgress, "finished", property(lambda progress: progress.next_read))
@@ -202,7 +174,6 @@ BUGS: dict[Plant, int] = {
     complete_without_attempt: 4,
     fence_forgets_the_delivery: 10,
     settle_before_publish: 0,
-    outcome_outside_the_transaction: 95,
     finished_without_outcome: 1,
     recovery_forgets_closing: 18,
     identities_lost_with_redis: 122,
