@@ -34,11 +34,15 @@ class Endings:
         self._queue: asyncio.Queue[CloseItem] = asyncio.Queue(BACKLOG)
         self._asked: set[str] = set()
         self._withdrawn: deque[CloseItem] = deque()
+        self._repeats: deque[CloseItem] = deque()
 
     async def run(self) -> None:
         """Write endings until cancelled."""
         while True:
-            items = [await self._queue.get()]
+            # Repeats pass the queue by: this loop alone empties it, and would wait for room for ever.
+            items = [self._repeats.popleft() if self._repeats else await self._queue.get()]
+            while len(items) < BATCH and self._repeats:
+                items.append(self._repeats.popleft())
             while len(items) < BATCH and not self._queue.empty():
                 items.append(self._queue.get_nowait())
             answers = await until_answered(
@@ -46,13 +50,13 @@ class Endings:
                 self._state.metrics,
             )
             for item, answer in zip(items, answers, strict=True):
-                await self._written(item, answer)
+                self._written(item, answer)
 
-    async def _written(self, item: CloseItem, answer: str) -> None:
+    def _written(self, item: CloseItem, answer: str) -> None:
         self._asked.discard(str(item.ref))
         if answer.startswith("dup|"):
             _, owner, print_ = answer.split("|")
-            await self._queue.put(self.duplicate_item(item, owner, print_))
+            self._repeats.append(self.duplicate_item(item, owner, print_))
             return
         if item.place == "lost" and answer == "ok":
             # Nothing was removed that would make a second call find it done.
