@@ -49,6 +49,11 @@ COMMANDS = (
         module="dispatcher.replay.command",
     ),
     Command(
+        name="simulate",
+        text="send a trace through a simulated fleet in virtual time, policy against policy",
+        module="dispatcher.simulation.command",
+    ),
+    Command(
         name="audit",
         text="read the raw topics and name every lost, duplicated or re-executed request",
         module="dispatcher.audit",

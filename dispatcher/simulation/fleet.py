@@ -1,0 +1,218 @@
+"""A fleet of engines and its router in virtual time: what each request got, and how the load lay.
+
+One heap of events, ordered by time and then by who came first, so that a seed says everything. A router is
+told of arrivals, tokens and block events, and sends each request to an engine, now or later: routing
+policies of the field bind at once (`PolicyRouter`), ours is the live code (`live_router`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Protocol
+
+from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
+from dispatcher.simulation.jumping_engine import JumpingEngine
+from dispatcher.simulation.policies.base import Arrival
+from dispatcher.simulation.profile import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetResult:
+    """One run. Lists are by request: seconds to the first token, per token after it (0 of one token)."""
+
+    ttft_s: Sequence[float]
+    tpot_s: Sequence[float]
+    prompt_tokens: int
+    cached_tokens: int
+    busy_s: Sequence[float]
+    preemptions: int
+    span_s: float
+    wall_s: float
+
+
+def coarse(profile: Profile, block_tokens: int) -> Profile:
+    """The profile with another block size and about as large a cache."""
+    return replace(profile, block_tokens=block_tokens, kv_blocks=max(1, profile.kv_tokens // block_tokens))
+
+
+class Router(Protocol):
+    """Decides where requests go, by `FleetSimulation.send`."""
+
+    def start(self, fleet: FleetSimulation) -> None:
+        """Begin, before all else."""
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Take a request."""
+
+    def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """A request's prefill ended."""
+
+    def finished(self, arrival: Arrival, node: int) -> None:
+        """A request's answer ended."""
+
+    def before_change(self, node: int) -> None:
+        """A node's load is about to change."""
+
+    def blocks_changed(self, node: int, stored: Sequence[int], removed: Sequence[int]) -> None:
+        """A node's cache changed."""
+
+    @property
+    def wants_blocks(self) -> bool:
+        """Whether `blocks_changed` is to be called."""
+
+
+class FleetSimulation:
+    """`nodes` equal engines, one router, one workload at `rate` times its own pace.
+
+    Args:
+        profile: with blocks of the workload's size (`coarse`).
+    """
+
+    def __init__(
+        self, workload: FleetWorkload, router: Router, *, nodes: int, profile: Profile, rate: float, seed: int
+    ) -> None:
+        self.profile = profile
+        self.block_tokens = workload.block_tokens
+        self.engines = [JumpingEngine(profile) for _ in range(nodes)]
+        self.now_s = 0.0
+        self.rng = Random(seed)
+        self.unfinished = workload.requests
+        self.workload = workload
+        self._router = router
+        self._rate = rate
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._numbers = 0
+        self._at: dict[int, tuple[Arrival, int]] = {}
+        self._turns: dict[int, tuple[Sequence[Turn], int]] = {}
+        self._woken: list[float | None] = [None] * nodes
+        self._arrived = self._sessions = 0
+        self._ttft: list[float] = [0.0] * self.unfinished
+        self._tpot: list[float] = [0.0] * self.unfinished
+        self._first: dict[int, float] = {}
+        self._prompts = self._cached = 0
+
+    def call_at(self, at_s: float, call: Callable[..., None], *arguments: object) -> None:
+        """Call at a time; at equal times who asked first is called first."""
+        self._numbers += 1
+        heapq.heappush(self._events, (at_s, self._numbers, call, arguments))
+
+    def send(self, arrival: Arrival, node: int, *, after_s: float = 0.0) -> None:
+        """Send a request to a node, now or in `after_s` seconds."""
+        after_s += self.profile.request_s
+        if after_s > 0:
+            self.call_at(self.now_s + after_s, self._submit, arrival, node)
+        else:
+            self._submit(arrival, node)
+
+    def run(self) -> FleetResult:
+        """Run until every request is answered.
+
+        Raises:
+            RuntimeError: nothing is left to happen though requests are unanswered (a router lost them).
+        """
+        began_s = time.perf_counter()
+        self._router.start(self)
+        self._open(iter(sorted(self.workload.sessions, key=lambda session: session[0].pause_s)))
+        events = self._events
+        while self.unfinished:
+            if not events:
+                raise RuntimeError(
+                    f"{self.unfinished} requests are unanswered and nothing will happen to them"
+                )
+            self.now_s, _, call, arguments = heapq.heappop(events)
+            call(*arguments)
+        return FleetResult(
+            ttft_s=self._ttft,
+            tpot_s=self._tpot,
+            prompt_tokens=self._prompts,
+            cached_tokens=self._cached,
+            busy_s=[engine.busy_s for engine in self.engines],
+            preemptions=sum(engine.preemptions for engine in self.engines),
+            span_s=self.now_s,
+            wall_s=time.perf_counter() - began_s,
+        )
+
+    # Arrivals
+
+    def _open(self, following: Iterator[Sequence[Turn]]) -> None:
+        session = next(following, None)
+        if session is not None:
+            at_s = max(self.now_s, session[0].pause_s / self._rate)
+            self.call_at(at_s, self._begin, session, following)
+
+    def _begin(self, session: Sequence[Turn], following: Iterator[Sequence[Turn]]) -> None:
+        self._sessions += 1
+        self._arrive(session, 0, f"s{self._sessions}" if len(session) > 1 else "")
+        self._open(following)
+
+    def _arrive(self, session: Sequence[Turn], place: int, name: str) -> None:
+        number = self._arrived
+        self._arrived += 1
+        turn = session[place]
+        arrival = Arrival(
+            number, self.now_s, turn.prompt_tokens, turn.output_tokens, turn.blocks, session=name
+        )
+        self._turns[number] = (session, place)
+        self._router.arrive(arrival)
+
+    # Engines
+
+    def _submit(self, arrival: Arrival, node: int) -> None:
+        engine = self.engines[node]
+        self._at[arrival.number] = (arrival, node)
+        self._router.before_change(node)
+        engine.submit(
+            arrival.number, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks, self.now_s
+        )
+        self._wake(node)
+
+    def _wake(self, node: int) -> None:
+        due = self.engines[node].due
+        if due is not None and due != self._woken[node]:
+            self._woken[node] = due
+            self.call_at(due, self._advance, node)
+
+    def _advance(self, node: int) -> None:
+        engine = self.engines[node]
+        if engine.due != self.now_s:
+            # A jump that was cut short since.
+            return
+        self._woken[node] = None
+        router = self._router
+        router.before_change(node)
+        made = engine.advance()
+        if router.wants_blocks:
+            stored, removed = engine.take_stored(), engine.take_removed()
+            if stored or removed:
+                router.blocks_changed(node, stored, removed)
+        elif engine.stored or engine.cache.events:
+            engine.stored.clear()
+            engine.cache.events.clear()
+        for key, is_first, is_last, cached_tokens in made:
+            arrival, _ = self._at[key]
+            if is_first:
+                self._first[key] = self.now_s
+                self._ttft[key] = self.now_s - arrival.at_s
+                self._prompts += arrival.prompt_tokens
+                self._cached += cached_tokens
+                router.first_token(arrival, node, cached_tokens)
+            if is_last:
+                self._finish(arrival, node)
+        self._wake(node)
+
+    def _finish(self, arrival: Arrival, node: int) -> None:
+        number = arrival.number
+        del self._at[number]
+        first_s = self._first.pop(number)
+        if arrival.output_tokens > 1:
+            self._tpot[number] = (self.now_s - first_s) / (arrival.output_tokens - 1)
+        self.unfinished -= 1
+        self._router.finished(arrival, node)
+        session, place = self._turns.pop(number)
+        if place + 1 < len(session):
+            pause_s = session[place + 1].pause_s / self._rate
+            self.call_at(self.now_s + pause_s, self._arrive, session, place + 1, arrival.session)

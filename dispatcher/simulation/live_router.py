@@ -1,0 +1,335 @@
+"""The live dispatcher's decisions in a simulated fleet: its own ledger, window, scheduler and index.
+
+Only what surrounds them is modelled: how long records, assignments, reports and block events travel
+(`LiveTiming`), and an agent's side of a node: it claims while it has slots, reports what it holds at once but
+no faster than its interval, and measures prefills from first tokens. Nothing is shed, nothing fails.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from dispatcher.backends.clock import Clock
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
+from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
+from dispatcher.scheduling.fleet import Fleet, NodeState
+from dispatcher.scheduling.prefix_index import PrefixIndex
+from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
+from dispatcher.scheduling.window import Waiting
+from dispatcher.services.state import Bound, LeaderState
+from dispatcher.simulation.fleet import FleetSimulation
+from dispatcher.simulation.policies.base import Arrival
+from dispatcher.telemetry.logging import Log
+from dispatcher.telemetry.metrics import DispatcherMetrics
+
+MODEL = "sim"
+DEADLINE_MS = 600_000
+SAME_STEP_S = 0.001
+"""First tokens this close came from one step: nothing can be told of their prefills (the agent's rule)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveTiming:
+    """How long things travel in the live system, seconds: `docs/measurements.md`, idle servers, rounded up.
+
+    `intake_s` from a client to the window, `assign_s` from a choice to the agent's hands, `report_s` from an
+    agent to the leader's fleet, `blocks_s` from a cache's change to the index, `outcome_s` from an answer's
+    end to the leader's ledger. An agent reports no faster than each `report_interval_s` (for a large fleet
+    nodes / 5,000 s), and each `heartbeat_s` while it holds something; KV use is `heartbeat_s` old at most.
+    Rounds of choices are `round_s` apart at least.
+    """
+
+    intake_s: float = 0.004
+    assign_s: float = 0.003
+    report_s: float = 0.002
+    report_interval_s: float = 0.02
+    blocks_s: float = 0.022
+    outcome_s: float = 0.008
+    heartbeat_s: float = 1.0
+    round_s: float = 0.001
+    batch: int = 128
+
+
+@dataclass(kw_only=True)
+class _Held:
+    """An attempt in an agent's hands."""
+
+    queued_tokens: int
+    cost_tokens: int
+    submitted_s: float
+    prefill_s: float = 0.0
+    cached_tokens: int = 0
+
+
+@dataclass(kw_only=True)
+class _Agent:
+    """One node's agent."""
+
+    state: NodeState
+    max_running: int
+    queue: deque[tuple[Arrival, int, int, int]] = field(default_factory=deque)
+    held: dict[int, _Held] = field(default_factory=dict)
+    assigned: int = 0
+    seen: int = 0
+    reports: int = 0
+    reported_s: float = float("-inf")
+    is_due: bool = False
+    kv_used_tokens: int = 0
+    looked_s: float = float("-inf")
+    last_token_s: float = float("-inf")
+    last_token: _Held | None = None
+
+
+class LiveRouter:
+    """The leader and the agents of one simulated pool.
+
+    Args:
+        policy: one of the live scheduler's.
+    """
+
+    wants_blocks = True
+
+    def __init__(
+        self,
+        policy: str = "prefill_cost",
+        *,
+        parameters: SchedulingParameters | None = None,
+        timing: LiveTiming | None = None,
+    ) -> None:
+        self._policy = policy
+        self._parameters = parameters
+        self._timing = timing if timing is not None else LiveTiming()
+        self._round_due = False
+        self._rounded_s = float("-inf")
+
+    def start(self, fleet: FleetSimulation) -> None:
+        """Make the leader's ledger, and register the nodes."""
+        self._sim = fleet
+        block = fleet.block_tokens
+        clock = Clock(monotonic=lambda: fleet.now_s, epoch_s=lambda: fleet.now_s)
+        self.state = LeaderState(
+            names=Names(),
+            fleet=Fleet(),
+            index=PrefixIndex(),
+            clock=clock,
+            rng=fleet.rng,
+            metrics=DispatcherMetrics(CollectorRegistry()),
+            log=Log(),
+        )
+        parameters = (
+            self._parameters if self._parameters is not None else SchedulingParameters(block_size=block)
+        )
+        self._scheduler = Scheduler(
+            self.state.fleet, self.state.index, policy=self._policy, parameters=parameters, rng=fleet.rng
+        )
+        outputs = sorted(turn.output_tokens for session in fleet.workload.sessions for turn in session)
+        # What clients allow: no router knows how long an answer will be.
+        self._max_tokens = outputs[int(0.99 * (len(outputs) - 1))]
+        profile = fleet.profile
+        self._interval_s = max(self._timing.report_interval_s, len(fleet.engines) / 5_000)
+        self._agents = []
+        for number in range(len(fleet.engines)):
+            identity = NodeIdentity(
+                node=f"n{number}",
+                incarnation="1",
+                models=(MODEL,),
+                max_running=profile.max_running,
+                max_model_len=profile.kv_tokens,
+                kv_total_tokens=profile.kv_tokens,
+                engine_block_size=profile.block_tokens,
+                routing_block_size=block,
+            )
+            node = self.state.fleet.admit(identity, 0.0)
+            node.admitted = True
+            self._agents.append(_Agent(state=node, max_running=profile.max_running))
+        self._numbers = {agent.state.name: number for number, agent in enumerate(self._agents)}
+        self._arrivals: dict[str, Arrival] = {}
+
+    # The leader
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Append a record."""
+        self._sim.call_at(self._sim.now_s + self._timing.intake_s, self._enter, arrival)
+
+    def _enter(self, arrival: Arrival) -> None:
+        ref = Ref(Lane.INTERACTIVE, 0, arrival.number)
+        appended_ms = int(arrival.at_s * 1000)
+        envelope = Envelope(
+            ref=str(ref),
+            id=str(arrival.number),
+            model=MODEL,
+            tenant=arrival.tenant,
+            priority=arrival.priority,
+            prompt_tokens=arrival.prompt_tokens,
+            max_tokens=self._max_tokens,
+            tokens_exact=True,
+            block_size=self._sim.block_tokens,
+            block_hashes=tuple([format(block, "016x") for block in arrival.blocks]),
+            appended_ms=appended_ms,
+            deadline_at_ms=appended_ms + DEADLINE_MS,
+        )
+        self._arrivals[envelope.ref] = arrival
+        self.state.enter(Waiting(ref=ref, envelope=envelope))
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._round_due and len(self.state.window):
+            self._round_due = True
+            self._sim.call_at(max(self._sim.now_s, self._rounded_s + self._timing.round_s), self._round)
+
+    def _round(self) -> None:
+        """Bind what can be bound now, as the dispatch service does."""
+        self._round_due = False
+        self._rounded_s = self._sim.now_s
+        state = self.state
+        bound = 0
+        round = state.window.begin_round()
+        while bound < self._timing.batch:
+            found = state.window.choose(self._scheduler, round, state.clock.now_ms())
+            if found is None:
+                break
+            waiting, choice = found
+            name = choice.node.name
+            job = JobId(state.names.pool, name, waiting.ref, Attempt(1, 1))
+            state.bind(
+                waiting.envelope.ref,
+                Bound(
+                    envelope=waiting.envelope, job=job, failures=0, excluded=(), hit_tokens=choice.hit_tokens
+                ),
+                uncached_tokens=choice.uncached_tokens,
+            )
+            agent = self._agents[self._numbers[name]]
+            agent.assigned += 1
+            self._sim.call_at(
+                self._sim.now_s + self._timing.assign_s,
+                self._assigned,
+                waiting.envelope,
+                self._numbers[name],
+                agent.assigned,
+                choice.uncached_tokens,
+            )
+            bound += 1
+        state.window.end_round(round)
+        if bound:
+            self._wake()
+
+    # The agents
+
+    def _assigned(self, envelope: Envelope, node: int, number: int, uncached_tokens: int) -> None:
+        agent = self._agents[node]
+        self.state.fleet.note_number(agent.state.name, envelope.ref, number)
+        arrival = self._arrivals[envelope.ref]
+        agent.queue.append((arrival, number, uncached_tokens, envelope.cost_tokens))
+        self._claim(node)
+
+    def _claim(self, node: int) -> None:
+        agent = self._agents[node]
+        while agent.queue and len(agent.held) < agent.max_running:
+            arrival, number, uncached_tokens, cost_tokens = agent.queue.popleft()
+            agent.held[arrival.number] = _Held(
+                queued_tokens=uncached_tokens, cost_tokens=cost_tokens, submitted_s=self._sim.now_s
+            )
+            agent.seen = max(agent.seen, number)
+            self._changed(node)
+            self._sim.send(arrival, node)
+
+    def _changed(self, node: int) -> None:
+        agent = self._agents[node]
+        if not agent.is_due:
+            agent.is_due = True
+            self._sim.call_at(max(self._sim.now_s, agent.reported_s + self._interval_s), self._report, node)
+
+    def _beat(self, node: int, reports: int) -> None:
+        agent = self._agents[node]
+        if agent.reports == reports and not agent.is_due:
+            self._report(node)
+
+    def _report(self, node: int) -> None:
+        agent, now_s = self._agents[node], self._sim.now_s
+        agent.is_due = False
+        agent.reported_s = now_s
+        agent.reports += 1
+        profile = self._sim.profile
+        engine = self._sim.engines[node]
+        if now_s - agent.looked_s >= self._timing.heartbeat_s:
+            agent.looked_s = now_s
+            agent.kv_used_tokens = engine.cache.used * profile.block_tokens
+        held = agent.held.values()
+        report = NodeReport(
+            node=agent.state.name,
+            incarnation="1",
+            sequence=agent.reports,
+            running=len(held),
+            waiting=sum(1 for one in held if one.queued_tokens),
+            held_tokens=sum(one.cost_tokens for one in held),
+            queued_uncached_tokens=sum(one.queued_tokens for one in held),
+            kv_used_tokens=agent.kv_used_tokens,
+            kv_total_tokens=profile.kv_tokens,
+            seen_seq=agent.seen,
+        )
+        self._sim.call_at(now_s + self._timing.report_s, self._hear, agent.state, report)
+        if held:
+            self._sim.call_at(now_s + self._timing.heartbeat_s, self._beat, node, agent.reports)
+
+    def _hear(self, node: NodeState, report: NodeReport) -> None:
+        # Nobody falls silent here: healthy time stands still, and idle nodes need no heartbeats.
+        node.hear(report, 0.0, self._sim.now_s)
+        self._wake()
+
+    def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """Measure the prefill as the agent does, and report."""
+        agent, now_s = self._agents[node], self._sim.now_s
+        held = agent.held[arrival.number]
+        held.queued_tokens, held.cached_tokens = 0, cached_tokens
+        if now_s - agent.last_token_s < SAME_STEP_S:
+            if agent.last_token is not None:
+                agent.last_token.prefill_s = 0.0
+        else:
+            held.prefill_s = now_s - max(held.submitted_s, agent.last_token_s)
+        agent.last_token_s, agent.last_token = now_s, held
+        self._changed(node)
+
+    def finished(self, arrival: Arrival, node: int) -> None:
+        """Give the slot back; the leader hears of it with the outcome."""
+        agent = self._agents[node]
+        held = agent.held.pop(arrival.number)
+        self._changed(node)
+        self._claim(node)
+        self._sim.call_at(self._sim.now_s + self._timing.outcome_s, self._ended, arrival, node, held)
+
+    def _ended(self, arrival: Arrival, node: int, held: _Held) -> None:
+        ref = str(Ref(Lane.INTERACTIVE, 0, arrival.number))
+        self.state.unbind(ref, answered=True)
+        self.state.forget(ref)
+        del self._arrivals[ref]
+        if held.prefill_s:
+            self._agents[node].state.predictor.observe(
+                arrival.prompt_tokens - held.cached_tokens, held.cached_tokens, held.prefill_s
+            )
+        self._wake()
+
+    # Cache views
+
+    def before_change(self, node: int) -> None:
+        """Nobody asks."""
+
+    def blocks_changed(self, node: int, stored: Sequence[int], removed: Sequence[int]) -> None:
+        """Publish a change of a node's view."""
+        self._sim.call_at(
+            self._sim.now_s + self._timing.blocks_s,
+            self._follow,
+            self._agents[node].state.name,
+            [block.to_bytes(8, "big") for block in stored],
+            [block.to_bytes(8, "big") for block in removed],
+        )
+
+    def _follow(self, name: str, stored: list[bytes], removed: list[bytes]) -> None:
+        if stored:
+            self.state.index.store(name, Medium.GPU, stored)
+        if removed:
+            self.state.index.remove(name, Medium.GPU, removed)

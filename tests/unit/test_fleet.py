@@ -1,0 +1,263 @@
+"""The simulated fleet: who is sent what and when, and that the live code decides for ours."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dispatcher.errors import SettingsError
+from dispatcher.replay.traces import TraceRequest
+from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
+from dispatcher.simulation.fleet_workload import FleetWorkload, Turn, open_loop, read_workload
+from dispatcher.simulation.live_router import LiveRouter
+from dispatcher.simulation.policies import BY_NAME, Arrival, World
+from dispatcher.simulation.policy_router import PolicyRouter
+from dispatcher.simulation.profiles import PROFILES
+
+BLOCK = 256
+TEST = replace(coarse(PROFILES["test"], BLOCK), prefill_token_s=1e-4, kv_blocks=1_000)
+
+
+def turns(*prompts: tuple[float, int, tuple[int, ...]], output_tokens: int = 5) -> FleetWorkload:
+    """One turn a session: when, how many tokens, which blocks."""
+    sessions = [
+        [Turn(pause_s=at_s, prompt_tokens=tokens, output_tokens=output_tokens, blocks=blocks)]
+        for at_s, tokens, blocks in prompts
+    ]
+    return FleetWorkload(sessions=sessions, block_tokens=BLOCK, per_s=1.0)
+
+
+def chatter(requests: int, *, seed: int = 7, per_s: float = 40.0) -> FleetWorkload:
+    """Prompts of which many begin alike."""
+    rng = Random(seed)
+    at_s, prompts = 0.0, []
+    for number in range(requests):
+        at_s += rng.expovariate(per_s)
+        stem = tuple(1_000 * rng.randrange(60) + place for place in range(rng.randrange(1, 8)))
+        own = tuple(100_000 + 100 * number + place for place in range(rng.randrange(3)))
+        prompts.append((at_s, BLOCK * (len(stem) + len(own)) + rng.randrange(1, BLOCK), stem + own))
+    return turns(*prompts, output_tokens=20)
+
+
+def simulate(
+    workload: FleetWorkload, router: Router, *, nodes: int = 4, rate: float = 1.0, seed: int = 1
+) -> FleetResult:
+    return FleetSimulation(workload, router, nodes=nodes, profile=TEST, rate=rate, seed=seed).run()
+
+
+class Noted:
+    """The first node for all; keeps what it was told."""
+
+    name = "noted"
+    poll_s = 0.5
+    wants_kv_events = True
+    kv_event_delay_s = 0.25
+
+    def start(self, world: World) -> None:
+        self.world = world
+        self.seen: list[tuple[float, float, int, int]] = []
+        self.told: list[tuple[str, float, int]] = []
+        self.blocks: list[tuple[float, int, tuple[int, ...]]] = []
+
+    def choose(self, arrival: Arrival) -> int:
+        signal = self.world.signal(0)
+        self.seen.append((self.world.now_s, signal.at_s, signal.running, signal.waiting_tokens))
+        return 0
+
+    def first_token(self, arrival: Arrival, node: int) -> None:
+        self.told.append(("first", self.world.now_s, arrival.number))
+
+    def finished(self, arrival: Arrival, node: int) -> None:
+        self.told.append(("last", self.world.now_s, arrival.number))
+
+    def stored(self, node: int, blocks: Sequence[int]) -> None:
+        self.blocks.append((self.world.now_s, node, tuple(blocks)))
+
+    def removed(self, node: int, blocks: Sequence[int]) -> None:
+        self.blocks.append((self.world.now_s, node, tuple(blocks)))
+
+
+def round_robin() -> PolicyRouter:
+    return PolicyRouter(BY_NAME["round_robin"]())
+
+
+def test_a_lone_request_takes_what_the_profile_says() -> None:
+    result = simulate(turns((0.0, 1_000, ())), round_robin(), nodes=1)
+    prefill_s = TEST.step_s(1_000, 0, 0, 0, 0)
+    assert result.ttft_s[0] == pytest.approx(prefill_s)
+    assert result.tpot_s[0] == pytest.approx(TEST.step_s(0, 0, 0, 1, 1_000))
+    assert result.busy_s[0] == pytest.approx(result.span_s)
+
+
+def test_a_policy_sees_loads_as_of_its_last_poll_and_events_late() -> None:
+    policy = Noted()
+    simulate(
+        turns((0.1, 8_000, tuple(range(31))), (0.4, 300, ()), (0.6, 300, ()), (3.0, 300, ())),
+        PolicyRouter(policy),
+        nodes=1,
+    )
+    # Polls at 0, 0.5, ...: the one at 0 saw an idle node, the one at 0.5 the first prompt being computed.
+    assert [(at_s, running) for _, at_s, running, _ in policy.seen] == [
+        (0.0, 0),
+        (0.0, 0),
+        (0.5, 1),
+        (3.0, 0),
+    ]
+    assert policy.seen[2][3] > 8_000
+    first_s = next(at_s for kind, at_s, number in policy.told if (kind, number) == ("first", 0))
+    told_s, node, blocks = policy.blocks[0]
+    assert (node, blocks) == (0, tuple(range(31)))
+    assert told_s == pytest.approx(first_s + 0.25)
+
+
+def test_a_policy_that_names_no_node_is_an_error() -> None:
+    class Lost(Noted):
+        def choose(self, arrival: Arrival) -> int:
+            return 4
+
+    with pytest.raises(ValueError, match="expected a node from 0 to 3, seen 4"):
+        simulate(chatter(1), PolicyRouter(Lost()))
+
+
+def test_a_router_that_keeps_a_request_is_an_error() -> None:
+    class Keeps(PolicyRouter):
+        def arrive(self, arrival: Arrival) -> None:
+            pass
+
+    with pytest.raises(RuntimeError, match="3 requests are unanswered"):
+        simulate(chatter(3), Keeps(Noted()))
+
+
+@pytest.mark.parametrize("policy", ["prefill_cost", "random", "shortest_ttft", "least_outstanding_tokens"])
+def test_the_live_policies_answer_everything_the_same_each_time(policy: str) -> None:
+    first, second = (simulate(chatter(150), LiveRouter(policy)) for _ in range(2))
+    assert replace(first, wall_s=0) == replace(second, wall_s=0)
+    assert min(first.ttft_s) > 0
+    if policy in {"prefill_cost", "random"}:
+        # The others leave nothing, or only ties, to chance.
+        assert simulate(chatter(150), LiveRouter(policy), seed=2).ttft_s != first.ttft_s
+
+
+def test_ours_finds_the_caches_and_the_ledger_is_empty_in_the_end() -> None:
+    ours = LiveRouter()
+    result = simulate(chatter(400), ours)
+    blind = simulate(chatter(400), LiveRouter("random"))
+    assert result.cached_tokens > 1.2 * blind.cached_tokens
+    assert sum(result.ttft_s) < sum(blind.ttft_s)
+    state = ours.state
+    last = [node for node in state.fleet.nodes.values() if node.held]
+    # The outcome of the very last answer is still on its way.
+    assert sum(len(node.held) for node in last) == len(state.bound) <= 20
+    assert not len(state.window)
+
+
+def test_the_live_index_follows_the_engines_caches() -> None:
+    ours = LiveRouter()
+    blocks = tuple(range(10))
+    fleet = FleetSimulation(
+        turns((0.0, 2_600, blocks), (5.0, 2_600, blocks)), ours, nodes=4, profile=TEST, rate=1.0, seed=1
+    )
+    result = fleet.run()
+    assert result.cached_tokens == 10 * BLOCK
+    assert ours.state.index.blocks == 10
+
+
+def test_late_binding_keeps_a_burst_in_the_window() -> None:
+    ours = LiveRouter()
+    burst = turns(*[(0.0, 4_000, ()) for _ in range(40)])
+    fleet = FleetSimulation(burst, ours, nodes=2, profile=TEST, rate=1.0, seed=1)
+    waiting: list[int] = []
+    fleet.call_at(0.2, lambda: waiting.append(len(ours.state.window)))
+    fleet.run()
+    assert waiting[0] > 25
+
+
+def test_a_session_goes_on_after_its_answer_and_pause() -> None:
+    session = [
+        Turn(pause_s=0.0, prompt_tokens=1_000, output_tokens=10, blocks=(1, 2, 3)),
+        Turn(pause_s=4.0, prompt_tokens=1_300, output_tokens=10, blocks=(1, 2, 3, 4, 5)),
+    ]
+    policy = Noted()
+    result = simulate(
+        FleetWorkload(sessions=[session], block_tokens=BLOCK, per_s=1.0),
+        PolicyRouter(policy),
+        nodes=1,
+        rate=2.0,
+    )
+    ended_s = next(at_s for kind, at_s, number in policy.told if (kind, number) == ("last", 0))
+    assert policy.seen[1][0] == pytest.approx(ended_s + 2.0)
+    assert result.cached_tokens == 3 * BLOCK
+
+
+def test_blocks_of_a_trace_are_split_and_chained() -> None:
+    def one(ids: tuple[int, ...], tokens: int) -> TraceRequest:
+        return TraceRequest(
+            arrival_s=0, prompt_tokens=tokens, output_tokens=1, block_ids=ids, block_tokens=512
+        )
+
+    workload = open_loop([one((1, 2, 3), 1_300), one((1, 2, 4), 1_536), one((9, 2), 700)], block_tokens=BLOCK)
+    first, second, third = (session[0].blocks for session in workload.sessions)
+    assert len(first) == 5
+    assert len(second) == 6
+    assert first[:4] == second[:4]
+    assert first[4] != second[4]
+    assert not set(third) & set(second)
+    assert all(0 <= block < 1 << 62 for block in first)
+
+
+def test_a_short_trace_is_repeated_with_prompts_of_its_own() -> None:
+    trace = [
+        TraceRequest(arrival_s=at, prompt_tokens=600, output_tokens=3, block_ids=(1, 2), block_tokens=512)
+        for at in (0.0, 1.0, 2.0)
+    ]
+    workload = open_loop(trace, requests=7)
+    assert workload.requests == 7
+    assert [session[0].pause_s for session in workload.sessions] == [0, 1, 2, 3, 4, 5, 6]
+    blocks = [session[0].blocks for session in workload.sessions]
+    assert blocks[0] == blocks[2] != blocks[3]
+
+
+def test_sessions_of_agents_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl.gz"
+    sessions = [
+        {
+            "id": name,
+            "models": ["m"],
+            "block_size": 64,
+            "tool_tokens": 512,
+            "system_tokens": 100,
+            "requests": [
+                [0.0, 1_100, 50, "main", 0, [[1, 18]], 0.0, 2.0, "tool_use"],
+                [9.0, 1_400, 60, "main", 17, [[30, 5]], 7.0, 3.0, None],
+            ],
+        }
+        for name in ("a", "b")
+    ]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, sessions)).encode()))
+    workload = read_workload(path)
+    assert workload.requests == 4
+    one, other = workload.sessions
+    assert one[0].blocks == one[1].blocks[:4]
+    assert [turn.pause_s for turn in one] == [0.0, 7.0]
+    # 612 tokens of tools and system prompt are common: two routing blocks.
+    assert one[0].blocks[:2] == other[0].blocks[:2]
+    assert not set(one[1].blocks[2:]) & set(other[1].blocks[2:])
+    limited = read_workload(path, requests=3)
+    assert [len(session) for session in limited.sessions] == [2, 1]
+    with pytest.raises(SettingsError, match="up to 100 tokens"):
+        read_workload(path, longest=100)
+
+
+def test_a_session_that_cannot_be_read_stops_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text(
+        '{"tool_tokens": 1, "system_tokens": 1, "requests": [[1]], "id": "a", "block_size": 64}\n'
+    )
+    with pytest.raises(SettingsError, match="line 1"):
+        read_workload(path)
