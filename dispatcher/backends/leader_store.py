@@ -14,9 +14,10 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from dispatcher.backends.leader_lock import Lease
-from dispatcher.backends.scripts import Argument, ScriptRunner, translate
+from dispatcher.backends.scripts import Argument, ScriptRunner, is_wrong_type, translate
 from dispatcher.errors import GenerationLost
 from dispatcher.protocol.names import JobId, Names, Ref
+from dispatcher.protocol.node import Medium
 
 NO_ERRORS: Mapping[str, str] = MappingProxyType({})
 IDENTITY_WINDOW_MS = 600_000
@@ -95,6 +96,8 @@ class LeaderStore:
         self.lease = lease
         self.counter = 0
         """The generation's counter, as the newest answer gave it (answers may overtake each other)."""
+        self.strange: set[str] = set()
+        """Keys of nodes that scripts found to be none of ours, and dropped; the guard takes them."""
 
     def note_counter(self, counter: int) -> None:
         """Note the generation's counter as Redis gave it."""
@@ -119,11 +122,15 @@ class LeaderStore:
             GenerationLost: Redis has a lower counter than it had: it went back in time.
         """
         names = self.names
-        counter, answer = await self._run(
+        counter, answer, *strange = await self._run(
             name, (names.epoch, names.generation, *keys), [self.counter, *arguments]
         )
         self.note_counter(int(counter))
+        self._note_strange(strange[0] if strange else [])
         return answer
+
+    def _note_strange(self, keys: Sequence[bytes]) -> None:
+        self.strange.update(key.decode(errors="replace") for key in keys)
 
     async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[Any]:
         self.lease.check()
@@ -163,8 +170,9 @@ class LeaderStore:
                 item.hit_tokens,
             )
         keys = (names.epoch, names.generation, names.marks, names.pending, names.cordons)
-        counter, answers, numbers = await self._run("assign", keys, [self.counter, *arguments])
+        counter, answers, numbers, strange = await self._run("assign", keys, [self.counter, *arguments])
         self.note_counter(int(counter))
+        self._note_strange(strange)
         return [(answer.decode(), int(number)) for answer, number in zip(answers, numbers, strict=True)]
 
     async def close(self, items: Sequence[CloseItem]) -> list[str]:
@@ -199,6 +207,9 @@ class LeaderStore:
             names.intermediate(node),
             names.wip(node),
             names.control(node),
+            names.load(node),
+            names.held(node),
+            *(names.cached_blocks(node, medium) for medium in Medium),
         )
         state, *refs = await self._run_counted(
             "requeue", keys, [names.prefix, node, mode, incarnation, cause]
@@ -326,6 +337,9 @@ class LeaderStore:
         try:
             held = await self._runner.client.hgetall(self.names.held(node))
         except RedisError as error:
+            if is_wrong_type(error):
+                self.strange.add(self.names.held(node))
+                return {}
             raise translate(error, "held inventory") from error
         pairs = {}
         for job, value in held.items():

@@ -73,6 +73,11 @@ def translate(error: RedisError, doing: str) -> Exception:
     return StoreRefused(f"{doing}: Redis refused: {text}")
 
 
+def is_wrong_type(error: object) -> bool:
+    """Whether an answer says that a key holds another type than the command is for."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+
+
 class ScriptRunner:
     """Runs scripts over one client; one round trip each."""
 

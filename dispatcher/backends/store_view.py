@@ -5,13 +5,13 @@ Reading needs no fence: every act that follows from it carries the epoch.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from redis.exceptions import RedisError
 
-from dispatcher.backends.scripts import Redis, translate
+from dispatcher.backends.scripts import Redis, is_wrong_type, translate
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.node import Medium, Wish
@@ -104,6 +104,11 @@ class StoredLedger:
     unreadable: list[str] = field(default_factory=list)
 
 
+_Call = tuple[str, str, list[str] | None]
+_FIELDS, _LIST, _ZSET, _SET = "hmget", "lrange", "zrange", "smembers"
+_JOB_FIELDS = ["ref", "envelope", "failures", "excluded", "seq", "hit", "crashed", "cause"]
+
+
 def stream_order(id: bytes) -> tuple[int, int]:
     """What stream ids are ordered by."""
     milliseconds, _, sequence = id.partition(b"-")
@@ -116,6 +121,8 @@ class StoreView:
     def __init__(self, client: Redis, names: Names) -> None:
         self._client = client
         self.names = names
+        self.strange: set[str] = set()
+        """Keys of nodes that were read as nothing, because they are of another type than ours."""
 
     async def close(self) -> None:
         """Close the client's connections."""
@@ -128,6 +135,31 @@ class StoreView:
             raise translate(error, doing) from error
         except (OSError, EOFError) as error:
             raise StoreUnavailable(f"{doing}: {error}") from error
+
+    async def _ask_each(self, calls: Sequence[_Call], doing: str, *, at_once: bool = False) -> list[Any]:
+        """Read keys that agents may write: (command, key, argument) each; None for one of another type.
+
+        Args:
+            at_once: all in one step of the server's.
+        """
+        if not calls:
+            return []
+        pipe = self._client.pipeline(transaction=at_once)
+        for command, key, argument in calls:
+            if argument is not None:
+                pipe.hmget(key, argument)
+            elif command == _SET:
+                pipe.smembers(key)
+            else:
+                getattr(pipe, command)(key, 0, -1)
+        answers = await self._ask(pipe.execute(raise_on_error=False), doing)
+        for index, ((_, key, _), answer) in enumerate(zip(calls, answers, strict=True)):
+            if is_wrong_type(answer):
+                self.strange.add(key)
+                answers[index] = None
+            elif isinstance(answer, RedisError):
+                raise translate(answer, doing) from answer
+        return list(answers)
 
     async def ping(self) -> None:
         """Ask for a sign of life."""
@@ -179,14 +211,15 @@ class StoreView:
     async def nodes(self, names: Iterable[str]) -> list[StoredNode]:
         """What is known of each node; those that Redis forgot are left out."""
         wanted = list(names)
-        pipe = self._client.pipeline(transaction=False)
+        calls: list[_Call] = []
         for node in wanted:
-            pipe.hmget(self.names.node(node), ["incarnation", "fenced", "identity"])
-            pipe.hmget(self.names.load(node), ["incarnation", "report"])
-        answers = await self._ask(pipe.execute(), "nodes") if wanted else []
+            calls.append((_FIELDS, self.names.node(node), ["incarnation", "fenced", "identity"]))
+            calls.append((_FIELDS, self.names.load(node), ["incarnation", "report"]))
+        answers = await self._ask_each(calls, "nodes")
         found = []
         for index, node in enumerate(wanted):
-            (incarnation, fenced, identity), (loaded, report) = answers[2 * index], answers[2 * index + 1]
+            incarnation, fenced, identity = answers[2 * index] or (None, None, None)
+            loaded, report = answers[2 * index + 1] or (None, None)
             if incarnation is not None:
                 found.append(
                     StoredNode(
@@ -214,12 +247,8 @@ class StoreView:
     async def node_work(self, nodes: Iterable[str]) -> dict[str, NodeWork]:
         """The work at each node: few jobs, late binding sees to that."""
         wanted = list(nodes)
-        pipe = self._client.pipeline(transaction=False)
-        for node in wanted:
-            pipe.lrange(self.names.queue_key(node), 0, -1)
-            pipe.lrange(self.names.intermediate(node), 0, -1)
-            pipe.zrange(self.names.claimed(node), 0, -1)
-        found = await self._ask(pipe.execute(), "work of nodes") if wanted else []
+        calls = [call for node in wanted for call in self._places(node)]
+        found = [members or [] for members in await self._ask_each(calls, "work of nodes")]
         return {
             node: NodeWork(queued=len(found[3 * at]) + len(found[3 * at + 1]), claimed=len(found[3 * at + 2]))
             for at, node in enumerate(wanted)
@@ -227,19 +256,18 @@ class StoreView:
 
     async def cached_blocks(self, node: str) -> CachedBlocks | None:
         """What a node's cache view holds, read in one step; None when Redis does not know the node."""
-        pipe = self._client.pipeline(transaction=True)
-        pipe.hmget(self.names.node(node), ["incarnation", "blocks_seq"])
         tiers = list(Medium)
-        for medium in tiers:
-            pipe.smembers(self.names.cached_blocks(node, medium))
-        (incarnation, sequence), *members = await self._ask(pipe.execute(), "cached blocks")
+        calls: list[_Call] = [(_FIELDS, self.names.node(node), ["incarnation", "blocks_seq"])]
+        calls += [(_SET, self.names.cached_blocks(node, medium), None) for medium in tiers]
+        told, *members = await self._ask_each(calls, "cached blocks", at_once=True)
+        incarnation, sequence = told or (None, None)
         if incarnation is None:
             return None
         return CachedBlocks(
             node=node,
             incarnation=incarnation.decode(errors="replace"),
             sequence=int(sequence) if sequence and sequence.isdigit() else 0,
-            tiers={medium: frozenset(found) for medium, found in zip(tiers, members, strict=True)},
+            tiers={medium: frozenset(found or ()) for medium, found in zip(tiers, members, strict=True)},
         )
 
     async def ledger(self) -> StoredLedger:
@@ -262,11 +290,8 @@ class StoreView:
 
     async def _read_jobs(self, ledger: StoredLedger, nodes: Iterable[str]) -> None:
         for node in nodes:
-            pipe = self._client.pipeline(transaction=False)
-            pipe.lrange(self.names.queue_key(node), 0, -1)
-            pipe.lrange(self.names.intermediate(node), 0, -1)
-            pipe.zrange(self.names.claimed(node), 0, -1)
-            queued, delivering, claimed = await self._ask(pipe.execute(), "jobs")
+            found = await self._ask_each(self._places(node), "jobs")
+            queued, delivering, claimed = (members or [] for members in found)
             # Whoever may write a queue can put any id into it: no other node's job, and no text of theirs.
             mine = f"{self.names.queue(node)}--".encode()
             waiting = [job for job in (*queued, *delivering) if job.startswith(mine) and job.isascii()]
@@ -307,17 +332,20 @@ class StoreView:
 
     async def failed_attempts(self, job: str) -> list[bytes]:
         """A job's earlier failed attempts, oldest first, encoded; [] when its hash does not exist."""
-        found = await self._ask(self._client.hget(self.names.job(job), "attempts"), "failed attempts")
-        return found.split(b"\n") if found else []
+        (found,) = await self._ask_each([(_FIELDS, self.names.job(job), ["attempts"])], "failed attempts")
+        return found[0].split(b"\n") if found and found[0] else []
+
+    def _places(self, node: str) -> list[_Call]:
+        names = self.names
+        return [
+            (_LIST, names.queue_key(node), None),
+            (_LIST, names.intermediate(node), None),
+            (_ZSET, names.claimed(node), None),
+        ]
 
     async def _job_fields(self, keys: list[str]) -> list[list[bytes | None]]:
-        if not keys:
-            return []
-        pipe = self._client.pipeline(transaction=False)
-        for key in keys:
-            pipe.hmget(key, ["ref", "envelope", "failures", "excluded", "seq", "hit", "crashed", "cause"])
-        answer: list[list[bytes | None]] = await self._ask(pipe.execute(), "jobs")
-        return answer
+        answers = await self._ask_each([(_FIELDS, key, _JOB_FIELDS) for key in keys], "jobs")
+        return [fields or [None] * len(_JOB_FIELDS) for fields in answers]
 
 
 def _wish(text: str) -> Wish:

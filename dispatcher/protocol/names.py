@@ -326,6 +326,16 @@ class Names:
         """Routing blocks that a node holds in one tier: raw 8-byte hashes, as of its `blocks_seq`."""
         return f"{self.prefix}node:{node}:blocks:{medium}"
 
+    def node_of(self, key: str) -> str:
+        """The node whose agent may write `key`, '' when it is none's of this pool."""
+        own, queue = f"{self.prefix}node:", f"{self.pool}--"
+        if key.startswith(own):
+            return key.removeprefix(own).partition(":")[0]
+        for kind in ("rq:queue:", "rq:wip:", "rq:job:", "rq:worker:"):
+            if key.startswith(kind + queue):
+                return key.removeprefix(kind + queue).partition("--")[0].partition(":")[0]
+        return ""
+
     # Redis: RQ's data model
 
     def queue(self, node: str) -> str:

@@ -193,6 +193,7 @@ class Guard:
         changed, mirror.changed = mirror.changed, set()
         for name in sorted(changed):
             await self._welcome(name)
+        await self._fence_strange()
         left, mirror.left = mirror.left, set()
         for name in sorted(left):
             await self.fence(name, FailureCause.DRAINING)
@@ -260,6 +261,30 @@ class Guard:
             "node fenced", node=name, incarnation=incarnation, cause=cause.value, moved=moved
         )
 
+    async def _fence_strange(self) -> None:
+        """Fence nodes with keys of another type than ours, which only their agents can have made so."""
+        self._store.strange |= self._view.strange
+        self._view.strange.clear()
+        for name in sorted(self._tell_strange()):
+            node = self._mirror.fleet.nodes.get(name)
+            self._state.metrics.fenced.inc()
+            if node is not None and node.available:
+                await self.fence(name, FailureCause.NODE_LOST)
+            else:
+                incarnation = node.identity.incarnation if node is not None else "forgotten"
+                await self._requeue(name, "fence", incarnation, FailureCause.NODE_LOST)
+
+    def _tell_strange(self) -> set[str]:
+        """Tell of the keys of another type that were found since; the nodes they belong to."""
+        keys, self._store.strange = self._store.strange, set()
+        by_node: dict[str, list[str]] = {}
+        for key in sorted(keys):
+            by_node.setdefault(self._view.names.node_of(key), []).append(key)
+        for name, strange in by_node.items():
+            self._state.metrics.foreign.inc(len(strange))
+            self._state.log.error("keys of another type dropped", node=name, keys=strange[:10])
+        return by_node.keys() - {""}
+
     async def _check_generation(self) -> None:
         now_s = self._state.clock.monotonic()
         if now_s - self._checked_at < GENERATION_CHECK_S:
@@ -322,6 +347,8 @@ class Guard:
         refs = await until_answered(
             lambda: self._store.requeue(name, mode, incarnation, cause.value), self._state.metrics
         )
+        if mode == "fence":
+            self._tell_strange()  # of a life that is over now
         if refs is None:
             return 0
         unknown = []

@@ -5,13 +5,24 @@
 --       7 queue  8 id window ms  9 items n
 --       n x (job id, ref, source, offset, cost, identity key, fingerprint, envelope, data)
 -- Returns {the generation's counter, one answer per item}: 'ok' (also when repeated), 'already' (taken
--- otherwise) or 'gone' (not that incarnation).
+-- otherwise) or 'gone' (not that incarnation); and keys dropped for their type.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
 if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
   return redis.error_reply('REWOUND Redis went back in time')
 end
+-- Keys of a node are its agent's to write: one of another type than ours counts as empty, and is dropped.
+local strange = {}
+local function tidy(key, ...)
+  local found = redis.pcall(...)
+  if type(found) == 'table' and found.err and string.find(found.err, 'WRONGTYPE', 1, true) then
+    redis.call('DEL', key)
+    strange[#strange + 1] = key
+  end
+end
+tidy(KEYS[3], 'HGET', KEYS[3], '')
+for _, key in ipairs({KEYS[4], KEYS[6]}) do tidy(key, 'ZSCORE', key, '') end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local known = redis.call('HMGET', KEYS[3], 'incarnation', 'fenced')
@@ -31,6 +42,7 @@ for i = 1, tonumber(ARGV[9]) do
   else
     redis.call('ZADD', above, offset, offset)
     redis.call('SET', identity, ref .. '|' .. print, 'PX', ARGV[8])
+    tidy('rq:job:' .. job, 'HGET', 'rq:job:' .. job, '')
     redis.call('HSET', 'rq:job:' .. job, 'data', data, 'envelope', envelope, 'ref', ref, 'failures', '0',
       'excluded', '', 'created_at', ARGV[6], 'enqueued_at', ARGV[6], 'started_at', ARGV[6],
       'description', 'flexlb ' .. ref, 'timeout', '86400', 'result_ttl', '0', 'failure_ttl', '86400',
@@ -41,4 +53,4 @@ for i = 1, tonumber(ARGV[9]) do
     answers[i] = 'ok'
   end
 end
-return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, strange}

@@ -7,10 +7,10 @@
 --            identity key, fingerprint, data, envelope, predicted cached tokens)
 -- Error REWOUND when the counter is lower than one seen before: Redis went back in time, and marks computed
 -- before that must not be written.
--- Returns {the generation's counter, one answer per item, one assignment number per item}:
+-- Returns {the generation's counter, one answer per item, one assignment number per item, keys dropped}:
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
---   'gone'                the node is fenced or has another incarnation: choose again
+--   'gone'                the node is fenced, has another incarnation or keys that are none of ours: choose again
 --   'cordoned'            an operator wants nothing new there: choose again
 --   'dup|<ref>|<print>'   its (tenant, id) belongs to another record
 -- Deliberately without allow-oom: at maxmemory nothing new is bound, so that work can end.
@@ -24,6 +24,23 @@ local prefix, pool, now, window = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local marks, items = tonumber(ARGV[7]), tonumber(ARGV[8])
 local at = 9 + 2 * marks
 local answers, numbers = {}, {}
+-- Keys of a node are its agent's to write: one that is not what ours is counts as empty, and is dropped.
+local strange = {}
+local function unless_strange(key, answer)
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if not (string.find(answer.err, 'WRONGTYPE', 1, true) or string.find(answer.err, 'integer', 1, true)
+      or string.find(answer.err, 'overflow', 1, true)) then
+    error(answer.err)
+  end
+  redis.call('DEL', key)
+  strange[#strange + 1] = key
+end
+-- First of all that an item changes: the assignment's number, nil when the node can't be given the job.
+local function push(node_key, queue, job)
+  local seq = unless_strange(node_key, redis.pcall('HINCRBY', node_key, 'seq', 1))
+  local key = 'rq:queue:' .. queue
+  return seq and unless_strange(key, redis.pcall('RPUSH', key, job)) and seq
+end
 local any_cordoned = redis.call('EXISTS', KEYS[5]) == 1
 for i = 1, items do
   local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
@@ -34,8 +51,9 @@ for i = 1, items do
   local node_key = prefix .. 'node:' .. node
   local queue = pool .. '--' .. node
   local answer = 'ok'
+  local seq
   numbers[i] = 0
-  local known = redis.call('HMGET', node_key, 'incarnation', 'fenced')
+  local known = unless_strange(node_key, redis.pcall('HMGET', node_key, 'incarnation', 'fenced')) or {}
   if place == 'log' then
     local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
     local above = prefix .. 'above:' .. source
@@ -50,8 +68,13 @@ for i = 1, items do
       if owner and string.match(owner, '^[^|]*') ~= ref then
         answer = 'dup|' .. owner
       else
-        redis.call('SET', identity, ref .. '|' .. print, 'PX', window)
-        redis.call('ZADD', above, offset, offset)
+        seq = push(node_key, queue, job)
+        if seq then
+          redis.call('SET', identity, ref .. '|' .. print, 'PX', window)
+          redis.call('ZADD', above, offset, offset)
+        else
+          answer = 'gone'
+        end
       end
     end
   elseif not redis.call('ZSCORE', KEYS[4], ref) then
@@ -61,22 +84,28 @@ for i = 1, items do
   elseif any_cordoned and redis.call('HGET', KEYS[5], node) then
     answer = 'cordoned'
   else
-    redis.call('ZREM', KEYS[4], ref)
-    redis.call('RENAME', prefix .. 'pending:' .. ref, 'rq:job:' .. job)
-    redis.call('HDEL', 'rq:job:' .. job, 'started_at', 'worker_name', 'last_heartbeat', 'ended_at')
+    seq = push(node_key, queue, job)
+    if not seq then
+      answer = 'gone'
+    else
+      redis.call('ZREM', KEYS[4], ref)
+      redis.call('RENAME', prefix .. 'pending:' .. ref, 'rq:job:' .. job)
+      redis.call('HDEL', 'rq:job:' .. job, 'started_at', 'worker_name', 'last_heartbeat', 'ended_at')
+    end
   end
   if answer == 'ok' then
-    local seq = redis.call('HINCRBY', node_key, 'seq', 1)
     local key = 'rq:job:' .. job
     if place == 'log' then
-      redis.call('HSET', key, 'data', data, 'envelope', envelope, 'ref', ref, 'failures', '0', 'excluded', '',
-        'created_at', now, 'description', 'flexlb ' .. ref, 'timeout', '86400', 'result_ttl', '0',
-        'failure_ttl', '86400', 'meta', '{}')
+      local function fill()
+        return redis.pcall('HSET', key, 'data', data, 'envelope', envelope, 'ref', ref, 'failures', '0',
+          'excluded', '', 'created_at', now, 'description', 'flexlb ' .. ref, 'timeout', '86400', 'result_ttl', '0',
+          'failure_ttl', '86400', 'meta', '{}')
+      end
+      if not unless_strange(key, fill()) then unless_strange(key, fill()) end
     end
     redis.call('HSET', key, 'status', 'queued', 'origin', queue, 'enqueued_at', now, 'cost', cost, 'seq', seq,
       'hit', hit)
     numbers[i] = seq
-    redis.call('RPUSH', 'rq:queue:' .. queue, job)
   end
   answers[i] = answer
 end
@@ -87,4 +116,4 @@ for i = 1, marks do
     redis.call('ZREMRANGEBYSCORE', prefix .. 'above:' .. source, '-inf', '(' .. low)
   end
 end
-return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, numbers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, numbers, strange}

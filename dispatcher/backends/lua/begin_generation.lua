@@ -20,11 +20,13 @@ for _, node in ipairs(redis.call('SMEMBERS', KEYS[6])) do
       if string.sub(id, 1, #queue + 2) == queue .. '--' then redis.call('DEL', 'rq:job:' .. id) end
     end
   end
+  -- A key of another type, which is its agent's doing, names no jobs.
+  local function found(answer) return answer.err and {} or answer end
   for _, list in ipairs({'rq:queue:' .. queue, 'rq:queue:' .. queue .. ':intermediate'}) do
-    drop(redis.call('LRANGE', list, 0, -1))
+    drop(found(redis.pcall('LRANGE', list, 0, -1)))
     redis.call('DEL', list)
   end
-  drop(redis.call('ZRANGE', claimed, 0, -1))
+  drop(found(redis.pcall('ZRANGE', claimed, 0, -1)))
   redis.call('DEL', claimed, 'rq:wip:' .. queue)
 end
 redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[7])

@@ -6,9 +6,10 @@
 --            identity key, fingerprint)
 --       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
 --       'none' (a duplicate that is coalesced with its first: the mark moves, nothing is published).
---       place 'lost': as 'job', and when it was taken but is nowhere any more, its hash deleted by other hands.
+--       place 'lost': as 'job', and when it was taken but is nowhere any more: other hands deleted its hash, or the list
+--       in which it stood.
 --       identity '' leaves the (tenant, id) unclaimed (a refused duplicate must not own it).
--- Returns {the generation's counter, one answer per item}: 'ok', 'already' (decided before or not in that place any more),
+-- Returns {the generation's counter, one answer per item, keys of nodes dropped for their type}: 'ok', 'already' (decided before or not in that place any more),
 -- or 'dup|<ref>|<print>' when (tenant, id) belongs to another record.
 -- Each ending is entitled by removing the entry that proves the request is where the caller saw it.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
@@ -17,7 +18,26 @@ end
 if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
   return redis.error_reply('REWOUND Redis went back in time')
 end
+-- Keys of a node are its agent's to write: one of another type than ours counts as empty, and is dropped.
+local strange = {}
+local function tidy(key, ...)
+  local found = redis.pcall(...)
+  if type(found) == 'table' and found.err and string.find(found.err, 'WRONGTYPE', 1, true) then
+    redis.call('DEL', key)
+    strange[#strange + 1] = key
+  end
+end
 local prefix, pool, window = ARGV[3], ARGV[4], ARGV[5]
+-- Whether an ending of this attempt may wait in `closing`; when that holds too many to look through, it may.
+local function may_be_closing(job)
+  local entries = redis.call('XRANGE', KEYS[5], '-', '+', 'COUNT', 1001)
+  for _, entry in ipairs(entries) do
+    for i = 1, #entry[2], 2 do
+      if entry[2][i] == 'job' and entry[2][i + 1] == job then return true end
+    end
+  end
+  return #entries > 1000
+end
 local at = 7
 local answers = {}
 for i = 1, tonumber(ARGV[6]) do
@@ -46,20 +66,25 @@ for i = 1, tonumber(ARGV[6]) do
     end
   else
     local queue = pool .. '--' .. node
+    local node_key, lists = prefix .. 'node:' .. node, {'rq:queue:' .. queue, 'rq:queue:' .. queue .. ':intermediate'}
+    tidy('rq:job:' .. job, 'HGET', 'rq:job:' .. job, '')
+    for _, key in ipairs({node_key .. ':claimed', 'rq:wip:' .. queue}) do tidy(key, 'ZSCORE', key, '') end
+    for _, key in ipairs(lists) do tidy(key, 'LRANGE', key, 0, 0) end
+    tidy(node_key .. ':control', 'XRANGE', node_key .. ':control', '-', '+', 'COUNT', 1)
     -- A mere record of a failed attempt, which RQ's tools may have put into the queue, is no place.
     local is_there = redis.call('HGET', 'rq:job:' .. job, 'envelope')
-    if redis.call('ZREM', prefix .. 'node:' .. node .. ':claimed', job) == 1 then
-      redis.call('XADD', prefix .. 'node:' .. node .. ':control', 'MAXLEN', '~', 1000, '*', 'kind', 'cancel', 'job', job)
-      redis.call('PEXPIRE', prefix .. 'node:' .. node .. ':control', 3600000)
+    if redis.call('ZREM', node_key .. ':claimed', job) == 1 then
+      redis.call('XADD', node_key .. ':control', 'MAXLEN', '~', 1000, '*', 'kind', 'cancel', 'job', job)
+      redis.call('PEXPIRE', node_key .. ':control', 3600000)
       answer = 'ok'
-    elseif is_there and (redis.call('LREM', 'rq:queue:' .. queue, 1, job) == 1
-        or redis.call('LREM', 'rq:queue:' .. queue .. ':intermediate', 1, job) == 1
+    elseif is_there and (redis.call('LREM', lists[1], 1, job) == 1
+        or redis.call('LREM', lists[2], 1, job) == 1
         or redis.call('ZREM', 'rq:failed:' .. queue, job) == 1) then
       answer = 'ok'
     elseif place == 'lost' then
       local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
       local taken = tonumber(offset) < low or redis.call('ZSCORE', prefix .. 'above:' .. source, offset)
-      if taken and not is_there and not redis.call('ZSCORE', KEYS[4], ref) then
+      if taken and not redis.call('ZSCORE', KEYS[4], ref) and not (is_there and may_be_closing(job)) then
         answer = 'ok'
       end
     end
@@ -73,4 +98,4 @@ for i = 1, tonumber(ARGV[6]) do
   end
   answers[i] = answer
 end
-return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, strange}

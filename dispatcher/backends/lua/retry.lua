@@ -5,13 +5,22 @@
 --       n x (closing entry id, job id, ref, not-before epoch ms, failures, excluded nodes, crashed nodes, cause,
 --            failed attempt in JSON, text for RQ's failed registry or '')
 -- The job's field `attempts` keeps the newest eight failed attempts, one line each.
--- Returns {the generation's counter, one answer per item}: 'ok', 'already' (the closing entry is gone), 'missing' (no job hash:
+-- Returns {the generation's counter, one answer per item, job keys dropped for their type}: 'ok', 'already' (the closing entry is gone), 'missing' (no job hash:
 -- the entry stays, so that the request is not forgotten).
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
 if tonumber(redis.call('HGET', KEYS[2], 'counter') or '0') < tonumber(ARGV[2]) then
   return redis.error_reply('REWOUND Redis went back in time')
+end
+-- Keys of a node are its agent's to write: one of another type than ours counts as empty, and is dropped.
+local strange = {}
+local function tidy(key, ...)
+  local found = redis.pcall(...)
+  if type(found) == 'table' and found.err and string.find(found.err, 'WRONGTYPE', 1, true) then
+    redis.call('DEL', key)
+    strange[#strange + 1] = key
+  end
 end
 -- RQ's failed registry shows a record of each failed attempt under its job id: no copy of the request, so that
 -- neither a claim nor a requeue can take it for one. Kept: the newest 200 of a node, for a day.
@@ -32,7 +41,7 @@ local function record_failure(job, error, now_iso, known)
     redis.call('ZREM', registry, old)
     -- Ids of others, whoever put them there, are not ours to look at.
     local is_ours = string.sub(old, 1, #queue + 2) == queue .. '--'
-    if is_ours and not redis.call('HGET', 'rq:job:' .. old, 'envelope') then redis.call('DEL', 'rq:job:' .. old) end
+    if is_ours and type(redis.pcall('HGET', 'rq:job:' .. old, 'envelope')) ~= 'string' then redis.call('DEL', 'rq:job:' .. old) end
   end
 end
 local at = 6
@@ -42,6 +51,7 @@ for i = 1, tonumber(ARGV[5]) do
   local not_before, failures, excluded, crashed = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
   local cause, attempt, error = ARGV[at + 7], ARGV[at + 8], ARGV[at + 9]
   at = at + 10
+  tidy('rq:job:' .. job, 'HGET', 'rq:job:' .. job, '')
   if #redis.call('XRANGE', KEYS[4], entry, entry) == 0 then
     answers[i] = 'already'
   elseif redis.call('EXISTS', 'rq:job:' .. job) == 0 then
@@ -62,4 +72,4 @@ for i = 1, tonumber(ARGV[5]) do
     answers[i] = 'ok'
   end
 end
-return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers}
+return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, strange}
