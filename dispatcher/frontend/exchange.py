@@ -21,7 +21,7 @@ from dispatcher.frontend.problem import CLIENT_LEFT, Problem, problem_of
 from dispatcher.frontend.request_headers import REQUEST_ID, RequestHeaders
 from dispatcher.frontend.sent import Sent
 from dispatcher.protocol.request import Tokens
-from dispatcher.telemetry.logging import Log
+from dispatcher.telemetry.logging import Log, where_broke
 
 LAST_WORDS_S = 1.0
 """How long a client that reads slowly is waited for when its time is up."""
@@ -129,7 +129,7 @@ class Exchange:
         except ConnectionError:
             raise
         except Exception as error:
-            self._log.error("request failed", id=self.question.id, error=repr(error))
+            self._log.error("request failed", id=self.question.id, error=where_broke(error))
             problem = INTERNAL
         return await self._fail(problem)
 

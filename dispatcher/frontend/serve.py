@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+from ipaddress import ip_address
 
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +24,16 @@ from dispatcher.telemetry.logging import Log, configure_logging
 def configure_frontend(parser: argparse.ArgumentParser) -> None:
     """Flags of `flexlb frontend`: one per setting."""
     add_flags(parser, FrontendSettings)
+
+
+def is_open_to_others(settings: FrontendSettings) -> bool:
+    """Whether other machines may ask without a key; a name other than localhost may be anywhere."""
+    if settings.api_keys_file:
+        return False
+    try:
+        return not ip_address(settings.host.strip("[]")).is_loopback
+    except ValueError:
+        return settings.host != "localhost"
 
 
 async def run_frontend(options: argparse.Namespace) -> int:
@@ -45,6 +56,12 @@ async def run_frontend(options: argparse.Namespace) -> int:
     )
     try:
         async with frontend:
+            if is_open_to_others(settings):
+                log.warning(
+                    "everybody who reaches this address may ask, as no tenant",
+                    host=settings.host,
+                    fix="set api_keys_file, or host to 127.0.0.1 behind a proxy that asks for keys",
+                )
             log.info("frontend ready", address=f"http://{settings.host}:{frontend.port}/v1")
             await stopped.wait()
             log.info("frontend stopping")

@@ -142,7 +142,7 @@ class Failures:
             node=failed.node,
             cause=failed.cause.value,
             crash=failed.crash,
-            message=failed.message,
+            http_status=failed.http_status,
             failures=past.failures,
             nodes_ailing=f"{outage.ailing} of {outage.nodes}",
             verdict=verdict.reason.value if isinstance(verdict, GiveUp) else "retry",

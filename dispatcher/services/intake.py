@@ -162,7 +162,6 @@ class Intake:
             ref=str(record.ref),
             id=refused.id,
             reason=refused.reason.value,
-            message=refused.message,
         )
         copy = None
         if refused.dead_letter:

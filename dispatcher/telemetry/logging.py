@@ -11,7 +11,9 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 RATION_S = 10.0
 """The same line of a library (its logger, level and text without arguments) is written once in so long."""
@@ -47,6 +49,15 @@ class Ration(logging.Filter):
         return True
 
 
+def _shown(record: logging.LogRecord, formatter: logging.Formatter) -> str:
+    """An exception of a log line. A library's is shown without its text, which may be input."""
+    assert record.exc_info
+    kind, _, trace = record.exc_info
+    if record.name == "flexlb" or kind is None:
+        return formatter.formatException(record.exc_info)
+    return "".join(traceback.format_tb(trace)) + kind.__name__
+
+
 class _JSONLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -59,7 +70,7 @@ class _JSONLines(logging.Formatter):
         if record.name != "flexlb":
             line["logger"] = record.name
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _shown(record, self)
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
@@ -67,7 +78,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
         text = f"{time.strftime('%H:%M:%S')} {record.levelname.lower():7} {record.getMessage()} {fields}"
-        return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        return text + ("\n" + _shown(record, self) if record.exc_info else "")
 
 
 def configure_logging(level: str = "INFO") -> None:
@@ -80,6 +91,15 @@ def configure_logging(level: str = "INFO") -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("flexlb").setLevel(level)
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
+
+
+def where_broke(error: BaseException) -> str:
+    """What kind of error it is, and where it was raised: its text may hold what it was given."""
+    at, place = error.__traceback__, ""
+    while at is not None:
+        place = f" at {Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
+        at = at.tb_next
+    return type(error).__name__ + place
 
 
 class Log:

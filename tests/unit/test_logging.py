@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 
-from dispatcher.telemetry.logging import MOST_RATIONED, Ration
+import pytest
+
+from dispatcher.telemetry.logging import MOST_RATIONED, Ration, configure_logging, where_broke
 
 
 def record(
@@ -55,3 +59,33 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(3 * MOST_RATIONED):
         assert ration.filter(record(f"line {number}"))
         assert len(ration._passed_s) <= MOST_RATIONED
+
+
+def test_an_exception_of_a_library_is_shown_without_its_text_and_ours_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    secret = "".join(("can", "ary"))
+    try:
+        configure_logging("INFO")
+        for name in ("aiohttp.server", "flexlb"):
+            try:
+                raise ValueError(secret)
+            except ValueError:
+                logging.getLogger(name).exception("broke")
+        theirs, ours = map(json.loads, capsys.readouterr().err.splitlines())
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    assert "canary" not in theirs["exception"]
+    assert theirs["exception"].endswith("ValueError")
+    assert "test_logging.py" in theirs["exception"]
+    assert "ValueError: canary" in ours["exception"]
+
+
+def test_where_it_broke_is_told_without_what_it_was_given() -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "canary\ud800".encode()
+    assert "canary" in repr(caught.value)
+    assert re.fullmatch(r"UnicodeEncodeError at test_logging\.py:\d+", where_broke(caught.value))

@@ -33,14 +33,23 @@ class Piece:
 class EngineFailure(FlexLBError):
     """An attempt failed: `cause` is what the retry decision reads.
 
+    `message` is ours and may be logged; `said` is what the engine said, which may repeat the prompt: it
+    is only for whoever asked. Both together are the error's text.
     `reached` is False when the engine can't have seen the request: it may be dead, but not of it.
     """
 
     def __init__(
-        self, cause: FailureCause, message: str, *, http_status: int = 0, reached: bool = True
+        self,
+        cause: FailureCause,
+        message: str,
+        *,
+        said: str = "",
+        http_status: int = 0,
+        reached: bool = True,
     ) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}: {said}" if said else message)
         self.cause = cause
+        self.message = message
         self.http_status = http_status
         self.reached = reached
 

@@ -234,7 +234,8 @@ class _Answer:
             # An error is the engine's, whatever code it gives: vLLM reports its own death also as a 400.
             raise EngineFailure(
                 FailureCause.ENGINE_ERROR,
-                f"engine reported an error after {self.tokens} tokens: {said[:SHOWN_CHARS]}",
+                f"engine reported an error after {self.tokens} tokens",
+                said=said[:SHOWN_CHARS],
             )
         if event.usage is not None:
             self.usage = _usage(event.usage)
@@ -403,7 +404,9 @@ class OpenAIEngine:
             ) from None
         except aiohttp.ClientError as error:
             raise EngineFailure(
-                FailureCause.PROTOCOL, f"{where}: expected an HTTP answer, seen {error}"
+                FailureCause.PROTOCOL,
+                f"{where}: expected an HTTP answer, seen another",
+                said=str(error)[:SHOWN_CHARS],
             ) from None
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
@@ -462,7 +465,8 @@ class OpenAIEngine:
         if response.status in _OVERLOADED or response.status >= 500:
             raise EngineFailure(
                 _cause_of(response.status),
-                f"{where}: expected 200, seen {response.status}: {_shown(data)}",
+                f"{where}: expected 200, seen {response.status}",
+                said=_shown(data),
                 http_status=response.status,
                 reached=False,
             )
@@ -488,7 +492,8 @@ class OpenAIEngine:
                 if response.status != 200:
                     raise EngineFailure(
                         _cause_of(response.status),
-                        f"{where}: expected 200, seen {response.status}: {_shown(body)}",
+                        f"{where}: expected 200, seen {response.status}",
+                        said=_shown(body),
                         http_status=response.status,
                     )
                 return tuple(model.id for model in _models.decode(body.decode()).data)
@@ -610,7 +615,8 @@ async def _refusal(response: aiohttp.ClientResponse) -> EngineFailure:
     status = response.status
     return EngineFailure(
         _cause_of(status),
-        f"{response.url}: expected 200, seen {status}: {_shown(body)}",
+        f"{response.url}: expected 200, seen {status}",
+        said=_shown(body),
         http_status=status,
     )
 

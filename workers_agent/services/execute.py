@@ -34,6 +34,7 @@ from dispatcher.protocol.outcome import (
     Usage,
 )
 from dispatcher.protocol.request import Endpoint
+from dispatcher.telemetry.logging import where_broke
 from workers_agent.engines.continuation import Continuable, continuable
 from workers_agent.engines.engine import Engine, EngineFailure, Piece
 from workers_agent.services.reply_stream import Pacer, ReplyStream
@@ -249,12 +250,16 @@ class Executor:
                 failure.http_status,
                 stream.checkpoint,
                 crash=died and failure.reached,
+                told=failure.message,
             )
         except LogRefused as error:
-            return self._failed(job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error))
+            return self._failed(
+                job, attempt, work, FailureCause.REPLY_UNWRITABLE, str(error), told=str(error)
+            )
         except Exception as error:
-            state.log.error("attempt broke", job=job, error=repr(error))
-            return self._failed(job, attempt, work, FailureCause.ENGINE_ERROR, f"in the agent: {error!r}")
+            state.log.error("attempt broke", job=job, error=where_broke(error))
+            told = f"in the agent: {where_broke(error)}"
+            return self._failed(job, attempt, work, FailureCause.ENGINE_ERROR, f"{told} {error!r}", told=told)
         finally:
             stream.close()
         outcome = Outcome(
@@ -433,7 +438,9 @@ class Executor:
         checkpoint: bytes = b"",
         *,
         crash: bool = False,
+        told: str = "",
     ) -> tuple[Ending, str]:
+        """End an attempt as failed; `told` is what of `message` may stand in a log."""
         failed = FailedAttempt(
             attempt=str(attempt),
             node=self._state.identity.node,
@@ -448,6 +455,6 @@ class Executor:
             cause=cause.value,
             http_status=http_status,
             crash=crash,
-            message=message[:500],
+            message=told[:500],
         )
         return failed_ending(job, work.ref, work.id, failed, checkpoint=checkpoint), cause.value
