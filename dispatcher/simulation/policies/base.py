@@ -86,12 +86,16 @@ class Policy(Protocol):
 
     def first_token(self, arrival: Arrival, node: int) -> None:
         """Learn that the request's prefill ended."""
+        return
 
     def finished(self, arrival: Arrival, node: int) -> None:
         """Learn that the request's answer ended; `first_token` came before."""
+        return
 
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Learn that the node's cache holds these blocks."""
+        return
 
     def removed(self, node: int, blocks: Sequence[int]) -> None:
         """Learn that the node's cache evicted these blocks."""
+        return
