@@ -144,7 +144,9 @@ class _Session(Struct):
     block_size: Annotated[int, Meta(ge=1)]
     tool_tokens: Annotated[int, Meta(ge=0)]
     system_tokens: Annotated[int, Meta(ge=0)]
-    requests: list[tuple[float, int, int, str, int, list[tuple[int, int]], float, float, str | None]]
+    requests: list[
+        tuple[float, int, int, str, int, list[tuple[int, int]], float | None, float | None, str | None]
+    ]
     """t_s, input, output, agent, blocks kept of the one before, (start, length) of others, think_s, ..."""
 
 
@@ -165,7 +167,7 @@ def read_sessions(path: str | Path, *, block_tokens: int = BLOCK_TOKENS) -> Flee
         made = list(_turns(session, number, block_tokens))
         if made:
             sessions.append(made)
-            busy_s += sum(one[6] + one[7] for one in session.requests)
+            busy_s += sum((one[6] or 0) + (one[7] or 0) for one in session.requests)
             turns += len(made)
     if not sessions:
         raise SettingsError(f"trace {path}: expected sessions, seen none")
@@ -197,7 +199,7 @@ def _turns(session: _Session, number: int, block_tokens: int) -> Iterator[Turn]:
             block_tokens=size,
         )
         yield Turn(
-            pause_s=max(0.0, think_s),
+            pause_s=max(0.0, think_s or 0.0),
             prompt_tokens=max(1, input_tokens),
             output_tokens=max(1, output_tokens),
             blocks=_chained(request, 0, block_tokens),

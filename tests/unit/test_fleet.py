@@ -234,7 +234,7 @@ def test_sessions_of_agents_are_read(tmp_path: Path) -> None:
             "system_tokens": 100,
             "requests": [
                 [0.0, 1_100, 50, "main", 0, [[1, 18]], 0.0, 2.0, "tool_use"],
-                [9.0, 1_400, 60, "main", 17, [[30, 5]], 7.0, 3.0, None],
+                [9.0, 1_400, 60, "main", 17, [[30, 5]], 7.0, None, None],
             ],
         }
         for name in ("a", "b")
