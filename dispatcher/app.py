@@ -166,13 +166,14 @@ class Dispatcher:
         }
 
     async def _lead(self, lease: Lease) -> None:
-        """Lead under one lease, a session per renewal of the settings; ends by an exception only."""
+        """Lead under one lease, with a session and an epoch of its own per renewal; ends by an exception only."""
         while True:
             self._renewed.clear()
             try:
                 await run_together(session=self._session(lease), renewed=self._until_renewed())
             except* _SettingsRenewed:
                 await self._close()
+                await self.election.begin_epoch(lease)
 
     async def _until_renewed(self) -> None:
         await self._renewed.wait()

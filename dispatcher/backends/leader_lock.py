@@ -7,6 +7,7 @@ request was sent, a leader stops when in doubt.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -72,6 +73,7 @@ class LeaderLock:
         self._keys = (names.leader, names.epoch, names.renewals)
         self._ttl_ms = int(ttl_s * 1000)
         self._clock = clock
+        self._one_at_a_time = asyncio.Lock()
 
     async def acquire(self, owner: str, *, depose: str = "") -> Lease | Held:
         """Try once. `owner` is new for each lease and repeated for each try; `depose` names the token of
@@ -88,10 +90,27 @@ class LeaderLock:
 
     async def renew(self, lease: Lease) -> None:
         """Prolong `lease`, or raise Deposed."""
-        sent = self._clock()
-        if not await self._runner.run("renew", self._keys, [lease.token, self._ttl_ms]):
-            raise Deposed("another dispatcher took the lock")
-        lease.until = sent + self._ttl_ms / 1000
+        async with self._one_at_a_time:
+            sent = self._clock()
+            if not await self._runner.run("renew", self._keys, [lease.token, self._ttl_ms]):
+                raise Deposed("another dispatcher took the lock")
+            lease.until = sent + self._ttl_ms / 1000
+
+    async def begin_epoch(self, lease: Lease, owner: str) -> None:
+        """Give `lease` an epoch of its own: what was written under the one before is refused from here on.
+
+        Args:
+            owner: new for each epoch, and repeated for each try.
+        Raises:
+            Deposed: another dispatcher took the lock.
+            StoreUnavailable: Redis did not answer.
+        """
+        async with self._one_at_a_time:
+            lease.check()
+            begun = await self.acquire(owner, depose=lease.token)
+            if isinstance(begun, Held):
+                raise Deposed("another dispatcher took the lock")
+            lease.token, lease.until = begun.token, begun.until
 
     async def resign(self, lease: Lease) -> None:
         """Give the lock back so that a standby leads at once."""

@@ -27,6 +27,7 @@ from dispatcher.errors import (
     StoreUnavailable,
     Superseded,
 )
+from dispatcher.services.persist import until_answered
 from dispatcher.services.watch import FleetMirror
 from dispatcher.tasks import end_tasks, run_together, to_the_end
 from dispatcher.telemetry.logging import Log
@@ -177,6 +178,18 @@ class Election:
 
     async def _run(self, lease: Lease) -> None:
         await self._lead(lease)
+
+    async def begin_epoch(self, lease: Lease) -> None:
+        """Begin another epoch under the same lease, for another session: as after a failover, nothing that
+        the last one has sent and not heard of takes effect from here on, and its attempts rank below.
+
+        Raises:
+            Deposed: another dispatcher took the lock.
+        """
+        owner = self._new_owner()
+        await until_answered(lambda: self._lock.begin_epoch(lease, owner), self._metrics)
+        self._epoch = lease.epoch
+        self._log.info("leading on", epoch=lease.epoch)
 
     async def _keep(self, lease: Lease) -> None:
         """Renew at a third of the TTL; raise Deposed when the lease may have run out."""

@@ -6,7 +6,8 @@ import pytest
 
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.local.valkey import ValkeyServer
-from dispatcher.protocol.outcome import OutcomeKind
+from dispatcher.protocol.names import JobId
+from dispatcher.protocol.outcome import FailureCause, OutcomeKind
 from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.wait import wait_until
 
@@ -20,7 +21,6 @@ async def test_new_settings_count_at_once_and_cost_no_request(
         async with one.running(one.dispatcher()) as dispatcher, one.running(ScriptedNode(one, "n1")) as node:
             await one.append(request("before"))
             await one.outcome("before")
-            token = await one.redis.get(one.names.leader)
             node.holds = True
             for number in range(20):
                 await one.append(request(f"r{number}"))
@@ -36,5 +36,26 @@ async def test_new_settings_count_at_once_and_cost_no_request(
                 assert (await one.outcome(f"r{number}")).kind is OutcomeKind.COMPLETED
             await one.append(request("large", body={"prompt": "x" * 4096, "max_tokens": 1}))
             assert (await one.outcome("large")).reason == "too_large"
-            assert await one.redis.get(one.names.leader) == token
             assert dispatcher.metrics.elections._value.get() == 1
+
+
+async def test_attempts_go_on_rising_over_a_renewal(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        async with one.running(one.dispatcher()) as dispatcher, one.running(ScriptedNode(one, "n1")) as node:
+            node.holds = True
+            await one.append(request("r1"))
+            await wait_until(lambda: bool(node.claimed), "the first attempt")
+            (first,) = node.claimed
+            before = dispatcher.state
+            dispatcher.renew(one.settings.model_copy(update={"max_record_bytes": 2048}))
+            await wait_until(
+                lambda: dispatcher.state is not None and dispatcher.state is not before, "another session"
+            )
+            node.claimed = []
+            await node.store.complete(node.incarnation, [node.failed(first, FailureCause.ENGINE_ERROR)])
+            await wait_until(lambda: bool(node.claimed), "the next attempt")
+            assert JobId.parse(node.claimed[0].job).attempt > JobId.parse(first.job).attempt
+            await node.finish()
+            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
