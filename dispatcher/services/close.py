@@ -22,7 +22,8 @@ from dispatcher.services.state import Doom, LeaderState
 BATCH = 128
 BACKLOG = 2048
 LOST_S = 10.0
-"""A request that was found in no place for this long, although its end was decided, may be lost."""
+"""A request that was found in no place for this long, although its end was decided, may be lost; unless
+its ending waits in `closing` for as long, as while Kafka is slow."""
 
 
 class Endings:
@@ -181,8 +182,8 @@ class Endings:
         if waiting is not None:
             return self._waiting_item(waiting, payload)
         job = bound.job if bound is not None else None
-        # In no place for so long: somebody deleted the job, as RQ's tools can.
-        place = "lost" if state.clock.monotonic() - doom.since_s > LOST_S else "job"
+        # In no place for so long, nor ended: somebody deleted the job, as RQ's tools can.
+        place = "lost" if state.closing_read_s - doom.since_s > LOST_S else "job"
         ref = Ref.parse(envelope.ref)
         return CloseItem(place=place, ref=ref, kind="outcome", id=envelope.id, payload=payload, job=job)
 

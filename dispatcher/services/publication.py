@@ -14,12 +14,14 @@ from dispatcher.backends.outcome_log import Publication
 from dispatcher.backends.store_view import StreamEntry
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Envelope
-from dispatcher.protocol.names import Ref
+from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeKind, Reason, Timing
 
 LARGEST_OUTCOME_BYTES = 8 << 20
 SMALL_OUTCOME_BYTES = 512 << 10
 """Taken by every topic: Kafka's own limit for records is 1 MiB."""
+LARGEST_DEAD_BYTES = 900 << 10
+"""Above what the leader writes, which copies no larger record, and below what every topic takes."""
 ATTEMPTS_KEPT = 8
 """Failed attempts in a dead letter, the newest; the scripts keep as many in a job."""
 ATTEMPT_MESSAGE_CHARS = 500
@@ -40,6 +42,20 @@ class ReadyEnding:
     error: str = ""
 
 
+def own_job(entry: StreamEntry) -> str:
+    """The job whose attempt an entry ends, '' when it names none or another request's."""
+    try:
+        job = JobId.parse(entry.text("job"))
+    except ValueError:
+        return ""
+    return str(job) if str(job.ref) == entry.text("ref") else ""
+
+
+def dropped(entry: StreamEntry, ref: Ref) -> ReadyEnding:
+    """What becomes of an entry whose request is answered already."""
+    return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=own_job(entry))
+
+
 def ready_ending(entry: StreamEntry, ref: Ref) -> ReadyEnding:
     """The ending of an entry that holds its outcome.
 
@@ -55,6 +71,10 @@ def ready_ending(entry: StreamEntry, ref: Ref) -> ReadyEnding:
         raise ValueError(f"outcome: expected that of {ref}, seen {seen[:80]!r}")
     if len(outcome) > LARGEST_OUTCOME_BYTES:
         outcome = _without_text(outcome)
+    elif len(outcome) > SMALL_OUTCOME_BYTES:
+        codec.outcomes.decode(outcome)  # its topic may refuse it: then it is published without its text
+    if len(dead) > LARGEST_DEAD_BYTES:
+        raise ValueError(f"dead letter: expected at most {LARGEST_DEAD_BYTES} bytes, seen {len(dead)}")
     publication = Publication(key=id.encode(), outcome=outcome, dead=dead)
     return ReadyEnding(entry=entry.id, ref=ref, id=id, publication=publication)
 

@@ -18,7 +18,7 @@ from dispatcher.protocol.names import Ref
 from dispatcher.services.failures import Failures
 from dispatcher.services.finished import note_finished
 from dispatcher.services.persist import until_answered
-from dispatcher.services.publication import ReadyEnding, ready_ending, without_long_text
+from dispatcher.services.publication import ReadyEnding, dropped, ready_ending, without_long_text
 from dispatcher.services.state import LeaderState
 
 READ_COUNT = 512
@@ -63,7 +63,7 @@ class Publish:
         """Publish until cancelled."""
         cursor = b"0-0"
         while True:
-            known = self._store.counter
+            known, began_s = self._store.counter, self._state.clock.monotonic()
             entries, generation = await until_answered(
                 lambda after=cursor: self._view.read_closing(  # type: ignore[misc]
                     after, block_ms=READ_BLOCK_MS, count=READ_COUNT
@@ -74,6 +74,8 @@ class Publish:
                 cursor = entries[-1].id
                 self._store.note_generation(generation, expected=self._state.generation, at_least=known)
             await self.publish(entries)
+            if len(entries) < READ_COUNT:
+                self._state.closing_read_s = began_s
 
     async def publish(self, entries: list[StreamEntry]) -> None:
         """Carry out one batch of closing entries."""
@@ -85,6 +87,11 @@ class Publish:
             except ValueError as error:
                 foreign.append(entry.id)
                 self._refuse(entry, error)
+                continue
+            if not self._state.progress_of(ref).is_open(ref.offset):
+                # Answered already: a failure must not be decided a second time, and otherwise.
+                self._state.unbind(str(ref))
+                endings.append(dropped(entry, ref))
                 continue
             if entry.text("kind") in {"failed", "released"}:
                 failed.append(entry)

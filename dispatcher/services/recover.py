@@ -22,6 +22,7 @@ from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.scheduling.retry import is_given_back
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
+from dispatcher.services.publication import own_job
 from dispatcher.services.state import Bound, LeaderState
 from dispatcher.services.watch import FleetMirror
 
@@ -159,7 +160,12 @@ class Recovery:
 
         jobs = [job for job in ledger.jobs if is_open(Ref.parse(job.ref))]
         known = [job for job in ledger.jobs if Ref.parse(job.ref).source in marks]
-        await self._drop_answered([job for job in known if not is_open(Ref.parse(job.ref))])
+        answered = [
+            text
+            for text in ledger.closing_refs
+            if (ref := _parsed(text)) is not None and ref.source in marks and not is_open(ref)
+        ]
+        await self._drop_answered([job for job in known if not is_open(Ref.parse(job.ref))], answered)
         if ledger.unreadable:
             state.metrics.foreign.inc(len(ledger.unreadable))
             state.log.error("jobs can't be read, left where they are", jobs=ledger.unreadable[:10])
@@ -183,34 +189,39 @@ class Recovery:
             self._restore(job)
         return ends
 
-    async def _drop_answered(self, jobs: Sequence[StoredJob]) -> None:
-        """Take away what would be run again although its outcome is published.
+    async def _drop_answered(self, jobs: Sequence[StoredJob], closing: Iterable[str]) -> None:
+        """Take away what would be run or decided again although its outcome is published.
 
         A Redis that went back in time no further than to the last assignment passes for intact: what ended
-        since then is back in its place. The next leader could not tell, once newer outcomes are settled.
+        since then is back in its place. And the last leader may have published what it had no time to drop:
+        a failure could be decided otherwise this time. The next leader could not tell of either, once newer
+        outcomes are settled.
+
+        Args:
+            closing: refs of the endings that wait in `closing`.
         """
-        if not jobs:
-            return
-        items = [
-            CloseItem(
-                place="job" if job.job else "pending",
-                ref=Ref.parse(job.ref),
-                kind="none",
-                job=JobId.parse(job.job) if job.job else None,
+        ended = set(closing)
+        if jobs:
+            items = [
+                CloseItem(
+                    place="job" if job.job else "pending",
+                    ref=Ref.parse(job.ref),
+                    kind="none",
+                    job=JobId.parse(job.job) if job.job else None,
+                )
+                for job in jobs
+            ]
+            answers = await until_answered(lambda: self._store.close(items), self._state.metrics)
+            ended |= {str(item.ref) for item, answer in zip(items, answers, strict=True) if answer != "ok"}
+            self._state.log.warning(
+                "answered requests taken out of Redis, which went back in time", count=len(jobs)
             )
-            for job in jobs
-        ]
-        answers = await until_answered(lambda: self._store.close(items), self._state.metrics)
-        ended = {str(item.ref) for item, answer in zip(items, answers, strict=True) if answer != "ok"}
         if ended:
             entries, _ = await until_answered(
                 lambda: self._view.read_closing(b"0-0", block_ms=1, count=MOST_CLOSING), self._state.metrics
             )
-            again = [(entry.id, entry.text("job")) for entry in entries if entry.text("ref") in ended]
+            again = [(entry.id, own_job(entry)) for entry in entries if entry.text("ref") in ended]
             await until_answered(lambda: self._store.settle({}, again), self._state.metrics)
-        self._state.log.warning(
-            "answered requests taken out of Redis, which went back in time", count=len(jobs)
-        )
 
     async def _fence_forgotten_nodes(self) -> None:
         """Take back the work of nodes of which Redis keeps nothing else any more."""

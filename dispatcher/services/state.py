@@ -87,6 +87,8 @@ class LeaderState:
     leases: Leases = field(default_factory=Leases)
     doomed: dict[str, Doom] = field(default_factory=dict)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
+    closing_read_s: float = float("-inf")
+    """When the last read of `closing` began that met its end and was carried out whole (monotonic)."""
     work: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     _identity_of: dict[str, tuple[str, str]] = field(default_factory=dict)
