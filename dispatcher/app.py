@@ -166,7 +166,7 @@ class Dispatcher:
         }
 
     async def _lead(self, lease: Lease) -> None:
-        """Lead under one lease, with a session and an epoch of its own per renewal; ends by an exception only."""
+        """Lead under one lease, by a session and an epoch per renewal; ends by an exception only."""
         while True:
             self._renewed.clear()
             try:

@@ -113,7 +113,8 @@ class FleetMirror:
                         self._apply("report", node.report)
             elif node.fenced == node.incarnation:
                 known.available = False
-            elif known.identity.incarnation == node.incarnation and not known.available and node.alive:
+            else:
+                # Also a silent one, whose fence a session did not bring to its end: it is to be fenced again.
                 known.available = True
 
     def _apply(self, kind: str, body: bytes) -> None:
