@@ -63,8 +63,10 @@ class Endings:
             # Nothing was removed that would make a second call find it done.
             self._state.log.warning("request was in no place, ended", ref=str(item.ref), id=item.id)
             self._state.doomed.pop(str(item.ref), None)
+        progress = self._state.progress_of(item.ref)
+        if answer == "ok" and item.kind != "none" and progress.is_open(item.ref.offset):
+            self._state.closed.add(str(item.ref))
         if item.place == "log":
-            progress = self._state.progress_of(item.ref)
             progress.take(item.ref.offset)
             if item.kind == "none":
                 progress.excuse(item.ref.offset)

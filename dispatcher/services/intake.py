@@ -2,7 +2,8 @@
 
 Reading a lane stops (its partitions are paused) while its share of the window is full by count or bytes;
 reading a partition stops while it is too far ahead of its *assigned* mark, and the request that holds the
-mark back is then bound first.
+mark back is then bound first. All reading stops while too many endings wait to be published: to refuse is
+faster than to publish, and a flood of what can't be served is to wait in Kafka, not in Redis.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dispatcher.services.state import LeaderState
 
 READ_LIMIT = 1000
 READ_TIMEOUT_MS = 200
+MOST_UNPUBLISHED = 8192
+"""Endings of the leader that may wait to be published; what was read before then comes on top."""
 DEAD_RECORD_BYTES = 256 << 10
 """Larger poison is not copied into Redis; its dead letter says where it lies."""
 
@@ -83,6 +86,8 @@ class Intake:
             window.hurry(f"{source}_{self._state.progress[source].assigned}")
         everything = set(self._state.progress)
         paused = behind | {source for source in everything if Lane(source[0]) in full}
+        if len(self._state.closed) >= MOST_UNPUBLISHED:
+            paused = everything
         self._log.pause(paused)
         if paused != everything:
             return True

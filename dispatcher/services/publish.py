@@ -161,6 +161,7 @@ class Publish:
         for ending in endings:
             if ending.publication is not None:
                 state.forget(str(ending.ref))
+        state.room.set()
         self._prune()
 
     async def _commit(self, fresh: Mapping[str, ReadyEnding], finished: Mapping[str, int]) -> None:

@@ -87,6 +87,8 @@ class LeaderState:
     leases: Leases = field(default_factory=Leases)
     doomed: dict[str, Doom] = field(default_factory=dict)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
+    closed: set[str] = field(default_factory=set)
+    """Requests that this leader has ended and not published yet."""
     closing_read_s: float = float("-inf")
     """When the last read of `closing` began that met its end and was carried out whole (monotonic)."""
     work: asyncio.Event = field(default_factory=asyncio.Event)
@@ -201,6 +203,7 @@ class LeaderState:
                 del self.identities[identity]
         self.attempts.pop(ref, None)
         self.doomed.pop(ref, None)
+        self.closed.discard(ref)
         self.leases.drop(ref)
 
     def is_unfinished(self, ref: str) -> bool:

@@ -121,6 +121,7 @@ async def test_a_new_leader_drops_what_is_published_before_it_notes_newer_outcom
                     return await closing_refs(one) == [unreadable["ref"]]
 
                 await wait_until(has_dropped, "the published entry to be dropped")
+                assert one_leader.state is not None
                 assert set(one_leader.state.bound) == {"i0_0", "i0_2"}
                 assert not await one.redis.hgetall(one.names.settled)
             del first, third
