@@ -52,7 +52,7 @@ class SMGExpectedWait(Policy):
         overload_waiting: int = 8,
         overload_usage: float = 0.8,
         max_tree_tokens: int = 67_108_864,
-        eviction_interval_s: float = 60.0,
+        eviction_interval_s: float = 120.0,
         poll_s: float = 10.0,
     ) -> None:
         self.poll_s = poll_s
