@@ -20,6 +20,6 @@ class OperatorStore:
     async def wish(self, node: str, wish: Wish | None) -> str | None:
         """Note a wish (None takes it back); returns the one before or '', None for an unknown node."""
         names = self.names
-        keys = (names.cordons, names.reports, names.node(node))
-        state, before = await self._runner.run("cordon", keys, [node, wish.value if wish is not None else ""])
+        arguments = [node, wish.value if wish is not None else "", names.reports, names.node(node)]
+        state, before = await self._runner.run("cordon", [names.cordons], arguments)
         return before.decode() if state == b"ok" else None

@@ -17,21 +17,24 @@ from dispatcher.backends.connect import KafkaClients, connect_redis
 from dispatcher.backends.leader_lock import LeaderLock, Lease
 from dispatcher.backends.leader_store import AdoptItem, AssignItem, CloseItem, LeaderStore, RetryItem
 from dispatcher.backends.node_store import Ending, NodeStore
+from dispatcher.backends.operator_store import OperatorStore
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.doctor.ask_redis import ask_pool, ask_redis
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
-from dispatcher.protocol.node import BlockEvent, BlockEventKind, Medium, NodeIdentity, NodeReport
+from dispatcher.protocol.node import BlockEvent, BlockEventKind, Medium, NodeIdentity, NodeReport, Wish
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause, OutcomeKind
 from tests.contract.test_agent import HeldEngine, running_agent
+from tests.e2e.test_cli import flexlb
 from tests.support.pool import Pool, request
 from tests.support.wait import wait_until
 
 SAMPLE = files("dispatcher") / "deploy" / "redis-acl.conf"
 NODE, OTHER = "gpu-17", "gpu-18"
 DISPATCHER, AGENT, READER = "flexlb-dispatcher", f"flexlb-agent-{NODE}", "flexlb-reader"
+OPERATOR = "flexlb-operator"
 PASSWORD = "hush"
 NOW_ISO = "2027-01-15T08:00:00.000000Z"
 
@@ -232,6 +235,46 @@ async def test_reader_sees_nodes_and_the_leader_and_no_request(guarded: Guarded)
         ("DEL", guarded.names.node(NODE)),
         ("EVAL", "return 1", "0"),
         ("KEYS", "*"),
+    ):
+        with pytest.raises(NoPermissionError):
+            await client.execute_command(*words)
+
+
+async def test_operator_says_what_it_wishes_of_nodes_and_touches_no_request(guarded: Guarded) -> None:
+    names = guarded.names
+    _, leader = await guarded.lead()
+    await leader.begin_generation("g", {"i0": 0}, {})
+    await join(guarded, leader)
+    await leader.assign([bound(names, 0)], {}, now_iso=NOW_ISO)
+    client = guarded.client(OPERATOR)
+    operator, view = OperatorStore(ScriptRunner(client), names), StoreView(client, names)
+    assert await operator.wish(NODE, Wish.DRAIN) == ""
+    assert (await view.cordons()).wishes == {NODE: Wish.DRAIN}
+    assert await operator.wish(NODE, None) == "drain"
+    assert await operator.wish("unknown", Wish.CORDON) is None
+    assert [node.node for node in await view.nodes(await view.node_names())] == [NODE]
+    assert (await view.node_work([NODE]))[NODE].queued == 1
+    assert [node.node for node in (await ask_pool(client, names)).nodes] == [NODE]
+    assert (await ask_redis(client, names)).info is not None
+    code, out, err = await flexlb(
+        "cordon", NODE, environment={"FLEXLB_REDIS": guarded.url(OPERATOR), "FLEXLB_POOL": names.pool}
+    )
+    assert (code, err) == (0, ""), out
+    log = await guarded.client().execute_command("ACL", "LOG")
+    refused = {entry[entry.index(b"object") + 1] for entry in log}
+    assert refused <= {b"config|get"}, refused
+    key = names.job(job(names, 0))
+    for words in (
+        ("HMGET", key, "data"),
+        ("HSET", names.node(NODE), "fenced", "x"),
+        ("HSET", names.marks, "i0", "9"),
+        ("HSET", names.generation, "id", "x"),
+        ("XREAD", "STREAMS", names.reports, "0"),
+        ("XADD", names.closing, "*", "kind", "outcome"),
+        ("DEL", names.cordons),
+        ("SET", names.leader, "me"),
+        ("KEYS", "*"),
+        ("CONFIG", "GET", "*"),
     ):
         with pytest.raises(NoPermissionError):
             await client.execute_command(*words)

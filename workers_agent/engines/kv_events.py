@@ -26,6 +26,8 @@ QUIET_S = 2.0
 REPLAY_S = 10.0
 """Longest replay."""
 MOST_WAITING = 100_000
+MOST_BYTES = 64 << 20
+"""Of one frame: ZeroMQ drops whoever sends more, and connects anew."""
 _FIELDS = {
     "BlockStored": (
         "block_hashes",
@@ -167,6 +169,7 @@ class KVEventSource:
         forget: Callable[[bool], None],
         moved: Callable[[], None],
         quiet_s: float = QUIET_S,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self._endpoint = endpoint
         self._replay = replay
@@ -175,6 +178,7 @@ class KVEventSource:
         self._forget = forget
         self._moved = moved
         self._quiet_s = quiet_s
+        self._most_bytes = most_bytes
         self._next: int | None = None
         self._live: int | None = None
         self.counts = Counts()
@@ -185,6 +189,7 @@ class KVEventSource:
         socket = context.socket(zmq.SUB)
         socket.linger = 0
         socket.set_hwm(MOST_WAITING)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._most_bytes)
         socket.subscribe(self._topic)
         try:
             address = self._endpoint.removeprefix("bind:")
@@ -248,6 +253,7 @@ class KVEventSource:
         """Ask for everything from `first` on; what the engine no longer has is lost."""
         socket = context.socket(zmq.DEALER)
         socket.linger = 0
+        socket.setsockopt(zmq.MAXMSGSIZE, self._most_bytes)
         try:
             socket.connect(self._replay)
             await socket.send_multipart([b"", first.to_bytes(8, "big")])

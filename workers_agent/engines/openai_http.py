@@ -39,6 +39,8 @@ AFTER_DONE_S = 0.25
 KEEP_ALIVE_S = 3.0
 """Below the 5 s after which uvicorn and llama.cpp close an idle connection: ours never meets a closed one."""
 MAX_WHOLE_ANSWER_BYTES = 64 << 20
+MAX_PAGE_BYTES = 16 << 20
+"""Of what is no answer: models, metrics, token ids."""
 LARGE_BODY_BYTES = 1 << 20
 SHOWN_CHARS = 500
 
@@ -457,7 +459,7 @@ class OpenAIEngine:
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S),
             ) as response:
-                data = await response.read()
+                data = await _bounded(response)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EngineFailure(
                 FailureCause.CONNECT, f"{where}: no answer ({error!r})", reached=False
@@ -488,7 +490,7 @@ class OpenAIEngine:
         where = self._base_url + "/v1/models"
         try:
             async with self._connections().get(where, timeout=_whole_call()) as response:
-                body = await response.content.read(LARGE_BODY_BYTES)
+                body = await _bounded(response)
                 if response.status != 200:
                     raise EngineFailure(
                         _cause_of(response.status),
@@ -510,7 +512,7 @@ class OpenAIEngine:
             async with self._connections().get(
                 self._base_url + "/metrics", timeout=_whole_call()
             ) as response:
-                body = await response.read()
+                body = await _bounded(response)
                 return parse_load(body) if response.status == 200 else EngineLoad()
         except (aiohttp.ClientError, OSError):
             return None
@@ -522,7 +524,7 @@ class OpenAIEngine:
             async with self._connections().get(
                 self._base_url + "/v1/models", timeout=_whole_call()
             ) as response:
-                models = _models.decode((await response.read()).decode()).data
+                models = _models.decode((await _bounded(response)).decode()).data
                 longest = min((model.longest for model in models if model.longest), default=0)
                 found = replace(found, max_model_len=longest)
             found = replace(found, version=await self._version())
@@ -538,7 +540,7 @@ class OpenAIEngine:
         for path in ("/version", "/props"):
             async with self._connections().get(self._base_url + path, timeout=_whole_call()) as response:
                 if response.status == 200:
-                    told = _version.decode((await response.read()).decode())
+                    told = _version.decode((await _bounded(response)).decode())
                     return (told.version or told.build_info)[:80]
         return ""
 
@@ -551,7 +553,7 @@ class OpenAIEngine:
                 json=body,
                 timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S),
             ) as response:
-                await response.read()
+                await _bounded(response)
                 # Whatever it thinks of the request, something behind the HTTP server has answered.
                 return response.status < 500 and response.status not in _OVERLOADED
         except (aiohttp.ClientError, OSError):
@@ -601,6 +603,21 @@ async def _read(response: aiohttp.ClientResponse, answer: _Answer | None, deadli
         raise EngineFailure(
             FailureCause.TRUNCATED, f"{response.url}: stream broke off {seen} ({error})"
         ) from None
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """Read one of an engine's small pages whole.
+
+    Raises:
+        aiohttp.ClientPayloadError: it is above MAX_PAGE_BYTES.
+    """
+    body = bytearray()
+    while data := await response.content.readany():
+        body += data
+        if len(body) > MAX_PAGE_BYTES:
+            response.close()
+            raise aiohttp.ClientPayloadError(f"expected at most {MAX_PAGE_BYTES} bytes, seen more")
+    return bytes(body)
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> EngineFailure:
