@@ -166,7 +166,7 @@ def test_the_order_is_that_of_a_plain_sort(
         for n, (priority, deadline, age, model) in enumerate(requests)
     ]
     bench = Bench(fleet_of(node(models=("a", "b"))), items)
-    for n in hurried:
+    for n in sorted(hurried):
         bench.window.hurry(f"i0_{n}")
     for n in removed:
         bench.window.remove(f"i0_{n}")
