@@ -42,6 +42,8 @@ class Faults:
             self._stop_dispatcher,
             self._freeze_dispatcher,
             self._kill_agent,
+            self._kill_between_effects,
+            self._kill_between_effects,
             self._stop_agent,
             self._freeze_agent,
             self._crash_engine,
@@ -87,6 +89,24 @@ class Faults:
 
     def _kill_agent(self) -> None:
         self._kill(self._node(), self._cluster.start_agent)
+
+    def _kill_between_effects(self) -> None:
+        """Kill a process right after one of its next effects at a server, before it hears of that."""
+        name, start = self._rng.choice(
+            [
+                (self._dispatcher(), self._cluster.start_dispatcher),
+                (self._node(), self._cluster.start_agent),
+            ]
+        )
+        process, server = self._cluster.processes[name], self._rng.choice(["kafka", "kafka", "redis"])
+        effects = self._rng.choice([1, 2, 3, 5, 8, 13, 21, 34, 55])
+
+        def spring() -> None:
+            if self._cluster.processes[name] is process and process.is_alive:
+                self._kill(name, start)
+
+        self._cluster.note(f"kill {name} after {effects} effects at {server}")
+        self._cluster.network.trap(process.name, server, effects, spring)
 
     def _kill(self, name: str, start: Callable[[str], None]) -> None:
         self._cluster.note(f"kill {name}")

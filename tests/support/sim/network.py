@@ -256,6 +256,7 @@ class Call:
         except Exception as error:
             self._reply(None, error)
             return
+        self.network.spring(self)
         if isinstance(result, asyncio.Future):
             self._wait = result
             self.server._waiting[self] = None
@@ -326,6 +327,7 @@ class Network:
         self.profile = profile
         self._trace = trace
         self._cuts: dict[tuple[str, str], _Cut] = {}
+        self._traps: dict[tuple[str, str], tuple[int, Callable[[], None]]] = {}
         self._lag_until_s = 0.0
         self._lag_s = 0.0
 
@@ -349,6 +351,24 @@ class Network:
             del self._cuts[key]
             return None
         return cut
+
+    def trap(self, process: str, server: str, effects: int, spring: Callable[[], None]) -> None:
+        """Call `spring` after so many more effects of a process at a server, the last not heard of yet."""
+        self._traps[process, server] = effects, spring
+
+    def spring(self, call: Call) -> None:
+        """Count one effect."""
+        if not self._traps:
+            return
+        key = call.process.name, call.server.name
+        if key not in self._traps:
+            return
+        effects, spring = self._traps[key]
+        if effects > 1:
+            self._traps[key] = effects - 1, spring
+        else:
+            del self._traps[key]
+            self.loop.call_soon(spring, context=OUTSIDE)
 
     def lag(self, lag_s: float, seconds: float) -> None:
         """Have every message take up to `lag_s` longer for a while."""
