@@ -42,8 +42,8 @@ class Faults:
             self._stop_dispatcher,
             self._freeze_dispatcher,
             self._kill_agent,
-            self._kill_between_effects,
-            self._kill_between_effects,
+            self._strike_between_effects,
+            self._strike_between_effects,
             self._stop_agent,
             self._freeze_agent,
             self._crash_engine,
@@ -90,22 +90,27 @@ class Faults:
     def _kill_agent(self) -> None:
         self._kill(self._node(), self._cluster.start_agent)
 
-    def _kill_between_effects(self) -> None:
-        """Kill a process right after one of its next effects at a server, before it hears of that."""
-        name, start = self._rng.choice(
+    def _strike_between_effects(self) -> None:
+        """Kill or freeze a process right after one of its next effects at a server, not heard of yet."""
+        rng = self._rng
+        name, start = rng.choice(
             [
                 (self._dispatcher(), self._cluster.start_dispatcher),
                 (self._node(), self._cluster.start_agent),
             ]
         )
-        process, server = self._cluster.processes[name], self._rng.choice(["kafka", "kafka", "redis"])
-        effects = self._rng.choice([1, 2, 3, 5, 8, 13, 21, 34, 55])
+        process, server = self._cluster.processes[name], rng.choice(["kafka", "kafka", "redis"])
+        effects, freezes = rng.choice([1, 2, 3, 5, 8, 13, 21, 34, 55]), rng.random() < 0.5
 
         def spring() -> None:
-            if self._cluster.processes[name] is process and process.is_alive:
+            if self._cluster.processes[name] is not process or not process.is_alive:
+                return
+            if freezes:
+                self._freeze(name)
+            else:
                 self._kill(name, start)
 
-        self._cluster.note(f"kill {name} after {effects} effects at {server}")
+        self._cluster.note(f"strike {name} after {effects} effects at {server}")
         self._cluster.network.trap(process.name, server, effects, spring)
 
     def _kill(self, name: str, start: Callable[[str], None]) -> None:
