@@ -101,6 +101,7 @@ class Cluster:
 
     Args:
         nodes: their names; as the seed decides by default.
+        faults: only these kinds; all when empty.
     """
 
     def __init__(
@@ -112,8 +113,10 @@ class Cluster:
         trace: Callable[[str], None] | None = None,
         logs: bool = False,
         hostile_records: int = 0,
+        faults: tuple[str, ...] = (),
     ) -> None:
         self._logs = logs
+        self._faults = faults
         self._hostile_records = hostile_records
         self.rng = random.Random(seed)
         self.result = Outcome(seed=seed)
@@ -257,7 +260,7 @@ class Cluster:
 
     async def break_things(self) -> None:
         """The seed's faults."""
-        await Faults(self, self.rng).run()
+        await Faults(self, self.rng, kinds=self._faults).run()
 
     async def run(self) -> Outcome:
         """Run the seed to its end."""
@@ -302,15 +305,19 @@ def simulate(
     trace: Callable[[str], None] | None = None,
     logs: bool = False,
     hostile_records: int = 0,
+    faults: tuple[str, ...] = (),
 ) -> Outcome:
     """Run one seed in virtual time; `logs` lets the processes' own logs through.
 
     Args:
+        faults: only these kinds, by the names of `Faults`' methods; all when empty.
         hostile_records: so many records of arbitrary bytes are appended beside the clients' requests.
     """
 
     async def main() -> Outcome:
-        cluster = Cluster(seed, scripts=scripts, trace=trace, logs=logs, hostile_records=hostile_records)
+        cluster = Cluster(
+            seed, scripts=scripts, trace=trace, logs=logs, hostile_records=hostile_records, faults=faults
+        )
         return await cluster.run()
 
     # A run makes little garbage that only the collector finds, and much for it to look through.
