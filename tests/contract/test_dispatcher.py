@@ -267,7 +267,7 @@ async def test_urgent_request_behind_100_000_is_bound_next(
             def has_read_all() -> bool:
                 return dispatcher.state is not None and len(dispatcher.state.window) == 100_001
 
-            await wait_until(has_read_all, "the window to hold everything", timeout_s=60)
+            await wait_until(has_read_all, "the window to hold everything", timeout_s=150)
             node = ScriptedNode(one, "n1", max_running=1)
             node.holds = True
             async with one.running(node):
@@ -288,7 +288,7 @@ async def test_window_is_bounded_and_reads_on(
             assert dispatcher.state is not None
             assert len(dispatcher.state.window) <= 2000
             async with one.running(ScriptedNode(one, "n1", max_running=512)):
-                await wait_until(lambda: len(one.outcomes) == 5000, "all answers", timeout_s=60)
+                await wait_until(lambda: len(one.outcomes) == 5000, "all answers", timeout_s=150)
 
 
 @pytest.mark.parametrize(

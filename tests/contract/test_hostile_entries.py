@@ -57,7 +57,7 @@ async def test_foreign_entries_in_every_stream_stop_nobody(
     engine = HeldEngine()
     engine.go_on.set()
     async with (
-        Pool(kafka_clients, valkey.url, pool) as one,
+        Pool(kafka_clients, valkey.url, pool, leader_ttl_s=10) as one,
         one.running(one.dispatcher()) as dispatcher,
         running_agent(one, engine) as (agent, _),
     ):
@@ -108,7 +108,7 @@ async def test_foreign_bytes_in_every_topic_stop_nobody(
     engine = HeldEngine()
     engine.go_on.set()
     async with (
-        Pool(kafka_clients, valkey.url, pool) as one,
+        Pool(kafka_clients, valkey.url, pool, leader_ttl_s=10) as one,
         one.running(one.dispatcher()) as dispatcher,
         running_agent(one, engine) as (agent, _),
         Client(kafka.bootstrap, pool) as client,
@@ -148,7 +148,7 @@ async def test_a_planted_job_makes_no_agent_write_or_read_elsewhere(
     engine = HeldEngine()
     engine.go_on.set()
     async with (
-        Pool(kafka_clients, valkey.url, pool) as one,
+        Pool(kafka_clients, valkey.url, pool, leader_ttl_s=10) as one,
         one.running(one.dispatcher()),
         running_agent(one, engine) as (agent, _),
     ):
@@ -196,7 +196,7 @@ async def test_a_new_leader_reads_on_past_what_a_hostile_agent_left(
 ) -> None:
     """Its own queue, its own jobs and the shared streams are what an agent's user may write."""
     proof = tmp_path / "proof"
-    async with Pool(kafka_clients, valkey.url, pool) as one:
+    async with Pool(kafka_clients, valkey.url, pool, leader_ttl_s=10) as one:
         names, redis = one.names, one.redis
         async with one.running(one.dispatcher()), one.running(ScriptedNode(one, "n1")):
             await one.append(request("before"))

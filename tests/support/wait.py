@@ -11,7 +11,7 @@ POLL_S = 0.02
 
 
 async def wait_until(
-    predicate: Callable[[], bool | Awaitable[bool]], what: str, *, timeout_s: float = 20.0
+    predicate: Callable[[], bool | Awaitable[bool]], what: str, *, timeout_s: float = 60.0
 ) -> None:
     """Return once `predicate` holds.
 
