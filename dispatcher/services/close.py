@@ -17,6 +17,7 @@ from dispatcher.protocol.names import Ref
 from dispatcher.protocol.outcome import DeadLetter, Outcome, OutcomeKind, Reason, Timing
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
+from dispatcher.services.publication import ended
 from dispatcher.services.state import Doom, LeaderState
 
 BATCH = 128
@@ -192,20 +193,8 @@ class Endings:
     def _payload(
         self, envelope: Envelope, kind: OutcomeKind, reason: Reason, message: str, retry_after_ms: int = 0
     ) -> bytes:
-        return codec.encode(
-            Outcome(
-                id=envelope.id,
-                ref=envelope.ref,
-                tenant=envelope.tenant,
-                kind=kind,
-                reason=reason,
-                message=message,
-                fingerprint=envelope.fingerprint,
-                model=envelope.model,
-                timing=Timing(appended=envelope.appended_ms, ended=self._state.clock.now_ms()),
-                retry_after_ms=retry_after_ms,
-            )
-        )
+        now_ms = self._state.clock.now_ms()
+        return ended(envelope, kind, reason, message, now_ms=now_ms, retry_after_ms=retry_after_ms)
 
     def _waiting_item(self, waiting: Waiting, payload: bytes) -> CloseItem:
         envelope = waiting.envelope

@@ -106,6 +106,32 @@ def error_text(failed: FailedAttempt) -> str:
     return f"{failed.cause.value}{status}{crash}: {message}\nattempt {failed.attempt} at {failed.node}"
 
 
+def ended(
+    envelope: Envelope,
+    kind: OutcomeKind,
+    reason: Reason,
+    message: str,
+    *,
+    now_ms: int,
+    retry_after_ms: int = 0,
+) -> bytes:
+    """The outcome of a request that the leader ends, encoded."""
+    return codec.encode(
+        Outcome(
+            id=envelope.id,
+            ref=envelope.ref,
+            tenant=envelope.tenant,
+            kind=kind,
+            reason=reason,
+            message=message,
+            fingerprint=envelope.fingerprint,
+            model=envelope.model,
+            timing=Timing(appended=envelope.appended_ms, ended=now_ms),
+            retry_after_ms=retry_after_ms,
+        )
+    )
+
+
 def given_up(
     entry: StreamEntry,
     ref: Ref,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.node_store import Claimed
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
-from dispatcher.services import publish
+from dispatcher.services import close, publish
 from tests.support.pool import Pool, ScriptedNode, request
 from tests.support.wait import wait_until
 
@@ -125,3 +126,28 @@ async def test_a_new_leader_drops_what_is_published_before_it_notes_newer_outcom
                 assert set(one_leader.state.bound) == {"i0_0", "i0_2"}
                 assert not await one.redis.hgetall(one.names.settled)
             del first, third
+
+
+@pytest.mark.parametrize("payload", [b"none of ours", b'{"v":99}'], ids=["garbage", "of a later release"])
+async def test_a_request_whose_ending_nobody_can_read_ends_at_its_deadline(
+    kafka_clients: KafkaClients,
+    valkey: ValkeyServer,
+    pool: str,
+    monkeypatch: pytest.MonkeyPatch,
+    payload: bytes,
+) -> None:
+    monkeypatch.setattr(close, "LOST_S", 1.0)
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        async with one.running(one.dispatcher()), one.running(ScriptedNode(one, "n1")) as node:
+            node.holds = True
+            await one.append(request("r1", deadline_ms=1500))
+            (job,) = await claimed_by(node, 1)
+            ending = replace(node.completed(job), payload=payload)
+            assert await node.store.complete(node.incarnation, [ending]) == ["ok"]
+            assert (await one.outcome("r1")).reason is Reason.DEADLINE_EXCEEDED
+
+            async def is_settled() -> bool:
+                return not await closing_refs(one)
+
+            await wait_until(is_settled, "the entry to be dropped")
+            assert len(one.of("r1")) == 1
