@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from redis.exceptions import NoPermissionError, ResponseError
 
@@ -20,21 +22,26 @@ from dispatcher.backends.node_store import Ending, NodeStore
 from dispatcher.backends.operator_store import OperatorStore
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
+from dispatcher.backends.topics import create_topics
 from dispatcher.doctor.ask_redis import ask_pool, ask_redis
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
+from dispatcher.protocol.assignment import Envelope, Work, encode_job_data
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import BlockEvent, BlockEventKind, Medium, NodeIdentity, NodeReport, Wish
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause, OutcomeKind
+from dispatcher.protocol.request import Endpoint
 from tests.contract.test_agent import HeldEngine, running_agent
+from tests.contract.test_rq_model import rq_command, simulated_engine
 from tests.e2e.test_cli import flexlb
 from tests.support.pool import Pool, request
+from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
 
 SAMPLE = files("dispatcher") / "deploy" / "redis-acl.conf"
 NODE, OTHER = "gpu-17", "gpu-18"
 DISPATCHER, AGENT, READER = "flexlb-dispatcher", f"flexlb-agent-{NODE}", "flexlb-reader"
-OPERATOR = "flexlb-operator"
+OPERATOR, RQ_WORKER = "flexlb-operator", f"flexlb-rq-{NODE}"
 PASSWORD = "hush"
 NOW_ISO = "2027-01-15T08:00:00.000000Z"
 
@@ -455,3 +462,60 @@ async def test_pool_serves_with_each_process_as_its_user(
         assert outcome.node == NODE
     log = await guarded.client().execute_command("ACL", "LOG")
     assert log == []
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("worker_class", ["rq.SimpleWorker", "rq.Worker"])
+async def test_a_stock_rq_worker_runs_our_jobs_as_its_user(
+    guarded: Guarded, kafka: KafkaAddress, kafka_clients: KafkaClients, worker_class: str
+) -> None:
+    names = guarded.names
+    await create_topics(kafka_clients, names, partitions=1, replication_factor=1)
+    _, leader = await guarded.lead()
+    await leader.begin_generation("g", {"i0": 0}, {})
+    await join(guarded, leader)
+    ref = str(job(names, 0).ref)
+    work = Work(
+        ref=ref,
+        id="r0",
+        model="m",
+        endpoint=Endpoint.COMPLETIONS,
+        body=msgspec.Raw(b'{"model":"m","prompt":"Once upon","max_tokens":4}'),
+    )
+    envelope = codec.encode(Envelope(ref=ref, id="r0", model="m"))
+    item = replace(bound(names, 0), data=encode_job_data(work), envelope=envelope)
+    assert [answer for answer, _ in await leader.assign([item], {}, now_iso=NOW_ISO)] == ["ok"]
+    admin = guarded.client()
+    await admin.delete(names.load(NODE))
+    name = f"{names.queue(NODE)}--rq"
+    async with simulated_engine(model="m") as engine_url:
+        log = await rq_command(
+            guarded.url(RQ_WORKER),
+            *("worker", "--burst", "--name", name, "--worker-class", worker_class, names.queue(NODE)),
+            environment={
+                "FLEXLB_REDIS": guarded.url(RQ_WORKER),
+                "FLEXLB_KAFKA": kafka.bootstrap,
+                "FLEXLB_POOL": names.pool,
+                "FLEXLB_NODE": NODE,
+                "FLEXLB_ENGINE_URL": engine_url,
+                "FLEXLB_MODELS": "m",
+            },
+        )
+    refused = await admin.execute_command("ACL", "LOG")
+    assert refused == [], log
+    assert [fields[b"kind"] for _, fields in await admin.xrange(names.closing)] == [b"outcome"], log
+    worker = guarded.client(RQ_WORKER)
+    other = names.job(job(names, 0, OTHER))
+    for words in (
+        ("HGETALL", other),
+        ("DEL", names.queue_key(OTHER)),
+        ("XREAD", "STREAMS", names.closing, "0"),
+        ("HSET", names.marks, "i0", "9"),
+        ("GET", names.leader),
+        ("DEL", "rq:queues"),
+        ("KEYS", "*"),
+        ("PUBLISH", f"rq:pubsub:{name}", "x"),
+        ("SUBSCRIBE", "rq:pubsub:other"),
+    ):
+        with pytest.raises(NoPermissionError):
+            await worker.execute_command(*words)
