@@ -291,6 +291,7 @@ class Dispatcher:
 def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
     return SchedulingParameters(
         work_weight=settings.work_weight,
+        held_s=settings.held_s,
         lambda_kv_s=settings.lambda_kv_s,
         near_tie=settings.near_tie,
         sampled=settings.candidates,

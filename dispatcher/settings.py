@@ -59,6 +59,9 @@ class DispatcherSettings(AccessSettings):
     work_weight: float = Field(
         default=3.0, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
     )
+    held_s: float = Field(
+        default=0.05, ge=0, le=10, description="seconds that each request which a node holds already counts"
+    )
     lambda_kv_s: float = Field(
         default=0.15, ge=0, le=10, description="weight of KV pressure k/(1-k), seconds"
     )

@@ -48,6 +48,8 @@ class SchedulingParameters:
     Args:
         work_weight: seconds that a second of a request's own prefill counts besides its own: it delays all
             who come after it on the node, so that a cached prefix is worth more than its own wait.
+        held_s: seconds that each request which a node holds already counts: they decode beside the new one,
+            for longer than its prefill, and each slows every step.
         lambda_kv_s: seconds that KV use k costs, times k/(1-k).
         near_tie: share of the best prediction within which nodes count as equal.
         sampled: random nodes looked at besides the holders of the prefix.
@@ -56,6 +58,7 @@ class SchedulingParameters:
     """
 
     work_weight: float = 3.0
+    held_s: float = 0.05
     lambda_kv_s: float = 0.15
     near_tie: float = 0.05
     sampled: int = 16
@@ -294,7 +297,7 @@ def _serves(node: NodeState, envelope: Envelope) -> bool:
 def prefill_cost(
     scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
 ) -> Choice | None:
-    """Least predicted time to the first token: queue, own prefill, KV pressure; own work counts for more."""
+    """Least predicted time to the first token, own work counting for more, and the company least dear."""
     matches = scheduler.matches(envelope)
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
@@ -311,7 +314,8 @@ def prefill_cost(
         prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
         k = node.kv_share
         work_s = prefill_s * (1 + parameters.work_weight)
-        total = wait_s + planned.get(node.name, 0.0) + work_s + parameters.lambda_kv_s * k / (1 - k)
+        crowd_s = parameters.held_s * len(node.held) + parameters.lambda_kv_s * k / (1 - k)
+        total = wait_s + planned.get(node.name, 0.0) + work_s + crowd_s
         scored.append((total, hit, wait_s, prefill_s, node))
         best = min(best, total)
     near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]

@@ -61,7 +61,9 @@ class Scene:
             self.fleet,
             self.index,
             policy=policy,
-            parameters=SchedulingParameters(**{"near_tie": 0.0, "work_weight": 0.0, **parameters}),
+            parameters=SchedulingParameters(
+                **{"near_tie": 0.0, "work_weight": 0.0, "held_s": 0.0, **parameters}
+            ),
             rng=random.Random(5),
             healthy_s=lambda: self.healthy_s,
         )
@@ -120,6 +122,28 @@ def test_what_a_prompt_costs_others_keeps_it_at_its_holder_for_longer() -> None:
     assert scene.choose(prompt).node.name == "n1"
     scene.report("n1", queued_uncached_tokens=2_100)
     assert scene.choose(prompt).node.name == "n0"
+
+
+def test_of_equal_nodes_the_less_crowded_is_chosen_until_its_queue_costs_more() -> None:
+    scene = Scene(2, held_s=0.05)
+    for number in range(3):
+        # Reports cover them, and their prompts are computed: they only decode.
+        scene.fleet.reserve("n0", f"r{number}", 10)
+    assert scene.choose(request(1)).node.name == "n1"
+    scene.report("n1", queued_uncached_tokens=1_400)
+    assert scene.choose(request(1)).node.name == "n1"
+    scene.report("n1", queued_uncached_tokens=1_600)
+    assert scene.choose(request(1)).node.name == "n0"
+
+
+def test_a_holder_is_left_once_its_company_costs_more_than_the_cache_saves() -> None:
+    # The cache saves 1,024 tokens: about a tenth of a second, as two others cost.
+    scene = Scene(2, held_s=0.06)
+    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
+    scene.fleet.reserve("n1", "r0", 10)
+    assert scene.choose(request(1, 2, 3, 4)).node.name == "n1"
+    scene.fleet.reserve("n1", "r1", 10)
+    assert scene.choose(request(1, 2, 3, 4)).node.name == "n0"
 
 
 def test_a_request_waits_for_its_busy_holder_while_that_beats_computing_elsewhere() -> None:
