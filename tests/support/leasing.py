@@ -16,7 +16,7 @@ from dispatcher.client.lease import LeaseKeeper
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Names
-from dispatcher.protocol.outcome import OutcomeKind, Reason
+from dispatcher.protocol.outcome import Outcome, OutcomeKind, Reason
 from tests.support.scripted_engine import MOST_TOKENS
 from tests.support.sim.kafka import SimKafka
 from tests.support.sim.network import Network, Process
@@ -109,6 +109,11 @@ class LeasingClients:
                 gone += 1
                 if not may_go or outcome.kind is not OutcomeKind.CANCELLED:
                     found.append(f"{outcome.ref} ({outcome.id}) was cancelled though its client is not gone")
-            elif may_go and outcome.kind not in {OutcomeKind.FAILED, OutcomeKind.EVICTED}:  # a clock may jump
+            elif may_go and not _may_end_otherwise(outcome):
                 found.append(f"{outcome.ref} ({outcome.id}) of a client that is gone came to {outcome.kind}")
         return found, gone
+
+
+def _may_end_otherwise(outcome: Outcome) -> bool:
+    """Whether an orphan may come to this: a clock may jump, the pool be overloaded."""
+    return outcome.kind in {OutcomeKind.FAILED, OutcomeKind.EVICTED} or outcome.reason is Reason.OVERLOADED
