@@ -6,6 +6,7 @@ The scripts on a real Valkey and on the simulated one, then a whole pool with on
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 
 import pytest
@@ -213,6 +214,17 @@ def hostile(pool: Pool) -> ScriptedNode:
     return node
 
 
+async def given_work(pool: Pool, node: ScriptedNode, prefix: str) -> None:
+    """Ask until one of the requests is bound to the node: where each goes is chance."""
+    count = itertools.count()
+
+    async def asked() -> bool:
+        await pool.append(request(f"{prefix}-{next(count)}"))
+        return node.claimed != []
+
+    await wait_until(asked, "work at the hostile node")
+
+
 @pytest.mark.kafka
 async def test_a_leader_serves_on_whatever_a_node_makes_of_its_keys(
     kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, caplog: pytest.LogCaptureFixture
@@ -235,9 +247,7 @@ async def test_a_leader_serves_on_whatever_a_node_makes_of_its_keys(
                     ),
                     "the hostile node being known",
                 )
-                for more in range(8):
-                    await one.append(request(f"{number}-{more}"))
-                await wait_until(lambda node=node: node.claimed != [], "work at the hostile node")  # type: ignore[misc]
+                await given_work(one, node, f"{number}")
                 task.cancel()
                 await asyncio.wait([task])
                 await spoil(one, key, one.names.job(node.claimed[0].job))
