@@ -11,6 +11,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from random import Random
 from typing import Protocol
 
@@ -22,11 +23,15 @@ from dispatcher.simulation.profile import Profile
 
 @dataclass(frozen=True, kw_only=True)
 class FleetResult:
-    """One run. Lists are by request: seconds to the first token, per token after it (0 of one token)."""
+    """One run. Lists are by request in the order of arrival.
+
+    `ttft_s` is seconds to the first token, infinite when no answer came; `tpot_s` those per token after it,
+    0 of one token.
+    """
 
     ttft_s: Sequence[float]
     tpot_s: Sequence[float]
-    prompt_tokens: int
+    prompt_tokens: Sequence[int]
     cached_tokens: int
     busy_s: Sequence[float]
     preemptions: int
@@ -90,10 +95,11 @@ class FleetSimulation:
         self._turns: dict[int, tuple[Sequence[Turn], int]] = {}
         self._woken: list[float | None] = [None] * nodes
         self._arrived = self._sessions = 0
-        self._ttft: list[float] = [0.0] * self.unfinished
+        self._ttft: list[float] = [inf] * self.unfinished
         self._tpot: list[float] = [0.0] * self.unfinished
         self._first: dict[int, float] = {}
-        self._prompts = self._cached = 0
+        self._prompts = [0] * self.unfinished
+        self._cached = 0
 
     def call_at(self, at_s: float, call: Callable[..., None], *arguments: object) -> None:
         """Call at a time; at equal times who asked first is called first."""
@@ -108,21 +114,18 @@ class FleetSimulation:
         else:
             self._submit(arrival, node)
 
-    def run(self) -> FleetResult:
-        """Run until every request is answered.
+    def refuse(self, arrival: Arrival) -> None:
+        """End a request without an answer; the turns that would have followed never come."""
+        session, place = self._turns.pop(arrival.number)
+        self.unfinished -= len(session) - place
 
-        Raises:
-            RuntimeError: nothing is left to happen though requests are unanswered (a router lost them).
-        """
+    def run(self) -> FleetResult:
+        """Run until every request has its end, or nothing is left to happen."""
         began_s = time.perf_counter()
         self._router.start(self)
         self._open(iter(sorted(self.workload.sessions, key=lambda session: session[0].pause_s)))
         events = self._events
-        while self.unfinished:
-            if not events:
-                raise RuntimeError(
-                    f"{self.unfinished} requests are unanswered and nothing will happen to them"
-                )
+        while self.unfinished and events:
             self.now_s, _, call, arguments = heapq.heappop(events)
             call(*arguments)
         return FleetResult(
@@ -153,6 +156,7 @@ class FleetSimulation:
         number = self._arrived
         self._arrived += 1
         turn = session[place]
+        self._prompts[number] = turn.prompt_tokens
         arrival = Arrival(
             number, self.now_s, turn.prompt_tokens, turn.output_tokens, turn.blocks, session=name
         )
@@ -197,7 +201,6 @@ class FleetSimulation:
             if is_first:
                 self._first[key] = self.now_s
                 self._ttft[key] = self.now_s - arrival.at_s
-                self._prompts += arrival.prompt_tokens
                 self._cached += cached_tokens
                 router.first_token(arrival, node, cached_tokens)
             if is_last:

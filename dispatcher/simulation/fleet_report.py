@@ -1,19 +1,24 @@
-"""What a simulated run is told as: percentiles, SLO attainment, the knee; as a table, or JSON."""
+"""What simulated runs are told as: percentiles, good requests, intervals over seeds; as a table, or JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum, inf, isfinite, sqrt
 
 from msgspec import Struct
 
 from dispatcher.simulation.fleet import FleetResult
+from dispatcher.simulation.goodput import Objectives
+from dispatcher.simulation.knee import ATTAINED, RESOLUTION, knee, told
+from dispatcher.simulation.profile import Profile
 
-ATTAINED = 0.9
-"""Share of requests within the SLO up to which a rate counts as carried."""
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+"""Half of a 95 % interval in standard errors, by seeds less two."""
 
 
 class Times(Struct, frozen=True, kw_only=True):
-    """Milliseconds over all requests."""
+    """Milliseconds over all requests; infinite, in JSON null, where unanswered ones reach."""
 
     mean: float
     p50: float
@@ -22,7 +27,11 @@ class Times(Struct, frozen=True, kw_only=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One policy at one rate. `goodput_per_s`: requests within the SLO; `busy`: the engines' share."""
+    """One policy at one rate and seed.
+
+    `slo_attainment` is the share of all requests that were good (`goodput.Objectives`), `goodput_per_s` how
+    many a second; `completion` the share that was answered; `busy` the engines' share of the time.
+    """
 
     policy: str
     trace: str
@@ -32,6 +41,7 @@ class Run(Struct, frozen=True, kw_only=True):
     nodes: int
     seed: int
     requests: int
+    completion: float
     ttft_ms: Times
     tpot_ms: Times
     slo_attainment: float
@@ -44,7 +54,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """All runs; `knee`, empty without a sweep: the highest rate up to which each policy carries all."""
+    """All runs; `knee`, empty without a sweep: the highest rate that each policy carries."""
 
     runs: list[Run]
     knee: dict[str, float]
@@ -72,30 +82,39 @@ def run_of(
     *,
     policy: str,
     trace: str,
-    profile: str,
+    profile: Profile,
     rate: float,
     per_s: float,
     nodes: int,
     seed: int,
-    slo_s: float,
+    objectives: Objectives,
 ) -> Run:
-    """Sum up one run; `per_s` is the offered load, in requests a second."""
-    within = sum(1 for one in result.ttft_s if one <= slo_s)
+    """Sum up one run.
+
+    Args:
+        profile: of a nominal node, which the objectives go by.
+        per_s: the offered load, in requests a second.
+    """
+    requests = len(result.ttft_s)
+    good = sum(map(objectives.judge(profile), result.ttft_s, result.tpot_s, result.prompt_tokens))
+    answered = sum(1 for one in result.ttft_s if one < inf)
+    prompts = sum(result.prompt_tokens)
     mean_busy_s = sum(result.busy_s) / len(result.busy_s)
     return Run(
         policy=policy,
         trace=trace,
-        profile=profile,
-        rate=round(rate, 4),
+        profile=profile.name,
+        rate=rate,
         per_s=round(per_s, 3),
         nodes=nodes,
         seed=seed,
-        requests=len(result.ttft_s),
+        requests=requests,
+        completion=round(answered / requests, 4),
         ttft_ms=times_ms(result.ttft_s),
         tpot_ms=times_ms(one for one in result.tpot_s if one),
-        slo_attainment=round(within / len(result.ttft_s), 4),
-        goodput_per_s=round(within / result.span_s, 3) if result.span_s else 0.0,
-        hit_ratio=round(result.cached_tokens / result.prompt_tokens, 4),
+        slo_attainment=round(good / requests, 4),
+        goodput_per_s=round(good / result.span_s, 3) if result.span_s else 0.0,
+        hit_ratio=round(result.cached_tokens / prompts, 4) if prompts else 0.0,
         load_max_over_mean=round(max(result.busy_s) / mean_busy_s, 3) if mean_busy_s else 1.0,
         busy=round(mean_busy_s / result.span_s, 4) if result.span_s else 0.0,
         preemptions=result.preemptions,
@@ -103,58 +122,128 @@ def run_of(
     )
 
 
-def knees(runs: Sequence[Run]) -> dict[str, float]:
-    """The highest rate of each policy up to which no rate fell short of `ATTAINED`; 0 when the lowest did."""
-    found: dict[str, float] = {}
-    for policy in dict.fromkeys(run.policy for run in runs):
-        found[policy] = 0.0
-        for run in sorted((run for run in runs if run.policy == policy), key=lambda run: run.rate):
-            if run.slo_attainment < ATTAINED:
-                break
-            found[policy] = run.rate
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds; the 95 % interval (Student's) is `mean` +/- `half`, 0 of one seed."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" + (f" ±{self.half:.2g}" if self.half else "")
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of values of different seeds, and how sure it is."""
+    number = len(values)
+    mean = fsum(values) / number
+    if number == 1 or not isfinite(mean):
+        return Estimate(mean=mean, half=0.0)
+    deviation = sqrt(fsum((value - mean) ** 2 for value in values) / (number - 1))
+    student = STUDENT[min(number - 2, len(STUDENT) - 1)]
+    return Estimate(mean=mean, half=student * deviation / sqrt(number))
+
+
+def by_rate(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+    """Runs that differ in their seed alone, by policy and rate."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.policy, run.rate), []).append(run)
     return found
 
 
-COLUMNS: Mapping[str, str] = {
-    "policy": "<28",
-    "rate": ">7",
-    "req/s": ">8",
-    "TTFT mean": ">10",
-    "p50": ">9",
-    "p90": ">9",
-    "p99": ">9",
-    "TPOT p50": ">9",
-    "SLO": ">7",
-    "hit": ">7",
-    "max/mean": ">9",
-    "busy": ">6",
-    "wall s": ">7",
-}
+def knees(runs: Iterable[Run]) -> dict[str, float]:
+    """The knee of each policy: where the mean over the seeds of its share of good requests crosses."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (policy, rate), same in by_rate(runs).items():
+        curves.setdefault(policy, []).append((rate, estimate([run.slo_attainment for run in same]).mean))
+    return {policy: told(knee(curve)) for policy, curve in curves.items()}
 
 
-def table(report: Report, slo_ms: float) -> str:
-    """The report for a terminal. Times are milliseconds."""
-    lines = ["".join(format(name, width) for name, width in COLUMNS.items())]
-    for run in report.runs:
-        cells = (
-            run.policy,
-            f"{run.rate:g}",
-            f"{run.per_s:.2f}",
-            f"{run.ttft_ms.mean:.0f}",
-            f"{run.ttft_ms.p50:.0f}",
-            f"{run.ttft_ms.p90:.0f}",
-            f"{run.ttft_ms.p99:.0f}",
-            f"{run.tpot_ms.p50:.1f}",
-            f"{run.slo_attainment:.1%}",
-            f"{run.hit_ratio:.1%}",
-            f"{run.load_max_over_mean:.2f}",
-            f"{run.busy:.0%}",
-            f"{run.wall_s:.1f}",
-        )
-        lines.append(
-            "".join(format(cell, width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
-        )
+def knees_by_seed(runs: Sequence[Run]) -> dict[str, Estimate]:
+    """The mean over the seeds of each one's own knee, read off the same rates."""
+    of_seeds = [
+        knees(run for run in runs if run.seed == seed) for seed in dict.fromkeys(run.seed for run in runs)
+    ]
+    return {policy: estimate([one[policy] for one in of_seeds]) for policy in of_seeds[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One figure of the table."""
+
+    name: str
+    width: int
+    digits: int
+    value: Callable[[Run], float]
+    unit: str = ""
+
+    def cell(self, runs: Sequence[Run]) -> str:
+        """The figure, with its interval when there are several seeds."""
+        found = estimate([self.value(run) for run in runs])
+        interval = f" ±{found.half:.{self.digits}f}" if len(runs) > 1 else ""
+        return f"{found.mean:.{self.digits}f}{interval}{self.unit}"
+
+
+COLUMNS = (
+    Column(name="rate", width=8, digits=0, value=lambda run: run.rate),
+    Column(name="req/s", width=8, digits=2, value=lambda run: run.per_s),
+    Column(name="TTFT mean", width=10, digits=0, value=lambda run: run.ttft_ms.mean),
+    Column(name="p50", width=8, digits=0, value=lambda run: run.ttft_ms.p50),
+    Column(name="p90", width=8, digits=0, value=lambda run: run.ttft_ms.p90),
+    Column(name="p99", width=8, digits=0, value=lambda run: run.ttft_ms.p99),
+    Column(name="TPOT p50", width=9, digits=1, value=lambda run: run.tpot_ms.p50),
+    Column(name="p99", width=7, digits=1, value=lambda run: run.tpot_ms.p99),
+    Column(name="good", width=7, digits=1, unit="%", value=lambda run: 100 * run.slo_attainment),
+    Column(name="good/s", width=8, digits=2, value=lambda run: run.goodput_per_s),
+    Column(name="done", width=7, digits=1, unit="%", value=lambda run: 100 * run.completion),
+    Column(name="hit", width=7, digits=1, unit="%", value=lambda run: 100 * run.hit_ratio),
+    Column(name="max/mean", width=9, digits=2, value=lambda run: run.load_max_over_mean),
+    Column(name="busy", width=6, digits=0, unit="%", value=lambda run: 100 * run.busy),
+    Column(name="wall s", width=7, digits=1, value=lambda run: run.wall_s),
+)
+PLAIN = ("rate", "req/s", "wall s")
+"""Columns that are told without an interval."""
+INTERVAL_WIDTH = 7
+
+
+def table(report: Report, objectives: Objectives) -> str:
+    """The report for a terminal. Times are milliseconds; `±` is a 95 % interval over the seeds."""
+    rows = by_rate(report.runs)
+    is_seeded = any(len(same) > 1 for same in rows.values())
+    widths = [
+        column.width + (INTERVAL_WIDTH if is_seeded and column.name not in PLAIN else 0) for column in COLUMNS
+    ]
+    first = 2 + max(len("policy"), *(len(policy) for policy, _ in rows))
+    lines = [_line("policy", first, [column.name for column in COLUMNS], widths)]
+    for (policy, rate), same in rows.items():
+        cells = [
+            f"{rate:g}" if column.name == "rate" else column.cell(same[:1] if column.name in PLAIN else same)
+            for column in COLUMNS
+        ]
+        lines.append(_line(policy, first, cells, widths))
+    lines += ["", f"good: {objectives}"]
     if report.knee:
-        lines += ["", f"highest rate with {ATTAINED:.0%} of first tokens within {slo_ms:g} ms:"]
-        lines += [f"  {policy:<26} {rate:g}" for policy, rate in report.knee.items()]
+        lines += _told_knees(report, first)
     return "\n".join(lines)
+
+
+def _line(name: str, first: int, cells: Iterable[str], widths: Iterable[int]) -> str:
+    return f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _told_knees(report: Report, first: int) -> Iterable[str]:
+    """What a sweep found, and what it cost."""
+    yield f"knee, the highest rate with {ATTAINED:.0%} of requests good, to {RESOLUTION:.0%}:"
+    seeds = knees_by_seed(report.runs)
+    missed = {
+        policy
+        for (policy, _), same in by_rate(report.runs).items()
+        if estimate([run.slo_attainment for run in same]).mean < ATTAINED
+    }
+    per_s = report.runs[0].per_s / report.runs[0].rate
+    for policy, rate in report.knee.items():
+        bound = "" if policy in missed else ", the highest tried: it never fell short"
+        interval = f"  (by seed {seeds[policy]})" if seeds[policy].half else ""
+        yield f"  {policy:<{first}} {rate:.4g}  {rate * per_s:.2f} req/s{interval}{bound}"
+    yield f"{len(report.runs)} runs"

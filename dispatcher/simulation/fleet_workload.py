@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.replay.arrivals import poisson_times, spread
-from dispatcher.replay.traces import GZIP_MAGIC, TraceRequest, read_trace
+from dispatcher.replay.traces import GZIP_MAGIC, TraceRequest, read_excerpt, read_trace
 
 MASK = (1 << 62) - 1
 """Hashes of blocks are from 0 to this."""
@@ -50,6 +50,24 @@ class FleetWorkload:
     def requests(self) -> int:
         """Turns of all sessions."""
         return sum(map(len, self.sessions))
+
+
+def workload_of(
+    path: str | Path | None,
+    *,
+    requests: int | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    poisson: Random | None = None,
+    longest: int | None = None,
+) -> FleetWorkload:
+    """Read a trace, or the package's excerpt; arguments and errors as of `read_workload`."""
+    if path is not None:
+        return read_workload(
+            path, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
+        )
+    return open_loop(
+        read_excerpt(), requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
+    )
 
 
 def read_workload(

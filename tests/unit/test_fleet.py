@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -125,13 +126,32 @@ def test_a_policy_that_names_no_node_is_an_error() -> None:
         simulate(chatter(1), PolicyRouter(Lost()))
 
 
-def test_a_router_that_keeps_a_request_is_an_error() -> None:
-    class Keeps(PolicyRouter):
+def test_a_request_without_an_answer_is_none_that_was_quick() -> None:
+    class Refuses(PolicyRouter):
         def arrive(self, arrival: Arrival) -> None:
-            pass
+            match arrival.number:
+                case 0:
+                    self._fleet.refuse(arrival)
+                case 1:
+                    super().arrive(arrival)
 
-    with pytest.raises(RuntimeError, match="3 requests are unanswered"):
-        simulate(chatter(3), Keeps(Noted()))
+    result = simulate(chatter(3), Refuses(Noted()))
+    assert [one < inf for one in result.ttft_s] == [False, True, False]
+
+
+def test_a_session_ends_with_a_turn_that_was_refused() -> None:
+    class Refuses(PolicyRouter):
+        def arrive(self, arrival: Arrival) -> None:
+            if arrival.number:
+                self._fleet.refuse(arrival)
+            else:
+                super().arrive(arrival)
+
+    turn = Turn(pause_s=1.0, prompt_tokens=300, output_tokens=5, blocks=())
+    workload = FleetWorkload(sessions=[[turn] * 4], block_tokens=BLOCK, per_s=1.0)
+    result = simulate(workload, Refuses(Noted()))
+    assert [one < inf for one in result.ttft_s] == [True, False, False, False]
+    assert result.prompt_tokens == [300, 300, 0, 0]
 
 
 @pytest.mark.parametrize("policy", ["prefill_cost", "random", "shortest_ttft", "least_outstanding_tokens"])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import builtins
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dispatcher.cli import main
-from dispatcher.simulation.fleet_report import Report, Run, Times, knees, times_ms
+from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, knees, times_ms
+from dispatcher.simulation.policies import BY_NAME
 
 SHORT = ["simulate", "--requests", "120", "--nodes", "4"]
 
 
-def run(policy: str, rate: float, attainment: float) -> Run:
+def run(policy: str, rate: float, attainment: float, seed: int = 1) -> Run:
     times = Times(mean=1.0, p50=1.0, p90=1.0, p99=1.0)
     return Run(
         policy=policy,
@@ -24,8 +26,9 @@ def run(policy: str, rate: float, attainment: float) -> Run:
         rate=rate,
         per_s=rate,
         nodes=1,
-        seed=1,
+        seed=seed,
         requests=1,
+        completion=1.0,
         ttft_ms=times,
         tpot_ms=times,
         slo_attainment=attainment,
@@ -45,11 +48,13 @@ def test_a_run_prints_a_row_for_each_policy_and_writes_json(
     arguments = ["--policy", "flexlb", "--policy", "flexlb:random", "--policy", "round_robin", "--rate", "2"]
     assert main([*SHORT, *arguments, "--json", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["policy", "flexlb", "flexlb:random", "round_robin"]
+    named = [line.split()[0] for line in lines[: lines.index("")]]
+    assert named == ["policy", "flexlb", "flexlb:random", "round_robin"]
     report = json.loads(path.read_text())
     assert [one["policy"] for one in report["runs"]] == ["flexlb", "flexlb:random", "round_robin"]
     for one in report["runs"]:
         assert one["requests"] == 120
+        assert one["completion"] == 1
         assert one["ttft_ms"]["p50"] <= one["ttft_ms"]["p90"] <= one["ttft_ms"]["p99"]
         assert 0 <= one["hit_ratio"] < 1 <= one["load_max_over_mean"]
         assert one["tpot_ms"]["mean"] > 0
@@ -74,18 +79,65 @@ def test_a_sweep_finds_each_policys_knee_and_draws_it(
     picture, path = tmp_path / "sweep.png", tmp_path / "sweep.json"
     arguments = ["--sweep", "--policy", "round_robin", "--policy", "random", "--ttft-slo-ms", "4000"]
     assert main([*SHORT, *arguments, "--plot", str(picture), "--json", str(path)]) == 0
-    assert "within 4000 ms" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "TTFT within 4000 ms or 3 x the cold prefill, TPOT within 50 ms" in printed
     report = json.loads(path.read_text())
+    assert f"{len(report['runs'])} runs" in printed
     assert report["knee"].keys() == {"round_robin", "random"}
-    rates = [one["rate"] for one in report["runs"] if one["policy"] == "random"]
-    assert len(rates) > 2
-    assert rates == sorted(rates)
+    for policy, knee in report["knee"].items():
+        seen = {one["rate"]: one["slo_attainment"] for one in report["runs"] if one["policy"] == policy}
+        assert list(seen) == sorted(seen)
+        good = max(rate for rate in seen if rate <= knee)
+        bad = min(rate for rate in seen if rate > knee)
+        assert seen[good] >= 0.9 > seen[bad]
+        assert bad <= 1.0201 * good
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_knee_is_below_the_first_rate_that_was_missed() -> None:
-    runs = [run("a", 1, 0.99), run("a", 2, 0.89), run("a", 3, 0.95), run("b", 1, 0.5)]
-    assert knees(runs) == {"a": 1, "b": 0.0}
+def test_a_sweep_is_the_same_on_two_cores_and_at_its_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(name: str, *arguments: str) -> Any:
+        path = tmp_path / name
+        policies = ["--policy", "flexlb", "--policy", "random", "--seed", "1", "--seed", "2"]
+        assert main([*SHORT, *policies, *arguments, "--json", str(path)]) == 0
+        found = json.loads(path.read_text())
+        for one in found["runs"]:
+            del one["wall_s"]
+        return found
+
+    alone = report("one", "--sweep")
+    assert report("two", "--sweep", "--jobs", "2") == alone
+    assert "by seed" in capsys.readouterr().out
+    last = alone["runs"][-1]
+    again = report("again", "--rate", str(last["rate"]))
+    assert last in again["runs"]
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "TTFT mean" in header
+    # A row holds both seeds, with the interval between them.
+    assert [row.split()[0] for row in rows[:2]] == ["flexlb", "random"]
+    assert " ±" in rows[0]
+
+
+def test_every_policy_is_simulated_when_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--requests", "20", "--nodes", "2", "--jobs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : lines.index("")]] == ["flexlb", *BY_NAME]
+
+
+def test_the_knee_is_where_the_mean_over_the_seeds_first_crosses() -> None:
+    runs = [run("a", 1, 0.92), run("a", 2, 0.88), run("a", 3, 0.95), run("b", 1, 0.5), run("c", 4, 0.9)]
+    assert knees(runs) == {"a": 1.5, "b": 0.0, "c": 4}
+    seeds = [run("a", 1, 0.96), run("a", 1, 0.9, 2), run("a", 2, 0.9), run("a", 2, 0.84, 2)]
+    assert knees(seeds) == {"a": 1.5}
+
+
+def test_an_interval_is_students() -> None:
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.half == pytest.approx(4.3 / 3**0.5)
+    assert estimate([5.0]).half == 0
+    assert estimate([5.0, inf]).mean == inf
 
 
 def test_percentiles_are_nearest_ranks() -> None:

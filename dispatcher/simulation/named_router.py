@@ -1,0 +1,54 @@
+"""Routers by the names of `--policy`: ours with its policies and constants, and the field's."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+from dispatcher.errors import SettingsError
+from dispatcher.scheduling.scheduler import POLICIES, SchedulingParameters
+from dispatcher.simulation.fleet import Router
+from dispatcher.simulation.live_router import LiveRouter
+from dispatcher.simulation.policies import BY_NAME
+from dispatcher.simulation.policy_router import PolicyRouter
+
+OURS = "flexlb"
+EVERY = (OURS, *BY_NAME)
+"""Ours as it is, and every policy of the field."""
+
+
+def router_of(name: str) -> Callable[[], Router]:
+    """What makes the router of a `--policy`.
+
+    Raises:
+        SettingsError: no such policy, or it has no such constant.
+    """
+    base, _, rest = name.partition(":")
+    if base == OURS and rest in {"", *POLICIES}:
+        return lambda: LiveRouter(rest or "prefill_cost")
+    constants = _constants(name, rest)
+    try:
+        if base == OURS:
+            parameters = SchedulingParameters(**constants)
+            return lambda: LiveRouter(parameters=parameters)
+        if base in BY_NAME:
+            BY_NAME[base](**constants)
+            return lambda: PolicyRouter(BY_NAME[base](**constants))
+    except TypeError as error:
+        raise SettingsError(f"--policy {name}: {error}") from None
+    known = ", ".join((OURS, *(f"{OURS}:{policy}" for policy in POLICIES), *BY_NAME))
+    raise SettingsError(f"--policy {name}: expected one of {known}")
+
+
+def _constants(name: str, text: str) -> dict[str, Any]:
+    constants = {}
+    for pair in text.split(",") if text else ():
+        key, _, value = pair.partition("=")
+        try:
+            constants[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise SettingsError(
+                f"--policy {name}: expected NAME or KEY=VALUE after the colon, seen {pair!r}"
+            ) from None
+    return constants
