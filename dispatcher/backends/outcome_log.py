@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -37,6 +37,9 @@ READ_ON_MS = 20
 """The client moves past control records only when it gives nothing: short, so that a takeover is too."""
 RETRY_BACKOFF_MS = 20
 """A takeover finds the old leader's transaction open; the broker says 'try again' while it aborts it."""
+FOREIGN_NAMED = 10
+FOREIGN_CHARS = 120
+"""Of records that are none of ours, what one log line tells."""
 COORDINATOR_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
@@ -197,15 +200,35 @@ def _decode_note(metadata: str | bytes | None) -> CommitNote:
         return CommitNote()
 
 
+@dataclass(kw_only=True)
+class PublishedOutcomes:
+    """What was read of `outcomes`: the heads, the end position by partition, and what is none of ours.
+
+    `foreign` counts records that no leader has written; `foreign_at` names the first few.
+    """
+
+    heads: list[OutcomeHead] = field(default_factory=list)
+    ends: dict[int, int] = field(default_factory=dict)
+    foreign: int = 0
+    foreign_at: list[str] = field(default_factory=list)
+
+    def add(self, partition: int, offset: int, value: bytes | None) -> None:
+        """Take in one record; what can't be read answers nobody, and must stop no leader."""
+        try:
+            self.heads.append(codec.published_heads.decode(value or b""))
+        except codec.MalformedRecord as error:
+            self.foreign += 1
+            if len(self.foreign_at) < FOREIGN_NAMED:
+                self.foreign_at.append(f"{partition}@{offset}: {str(error)[:FOREIGN_CHARS]}")
+
+
 async def read_outcomes(
     kafka: KafkaClients, names: Names, since: Mapping[int, int], *, since_ms: int | None = None
-) -> tuple[list[OutcomeHead], dict[int, int]]:
+) -> PublishedOutcomes:
     """Read committed outcomes from `since` (by partition; from the log's start where absent) to the end.
 
     Args:
         since_ms: begin no later than the first record of this epoch time.
-    Returns:
-        The heads, and the end position by partition.
     """
     consumer = kafka.consumer(
         group_id=None,
@@ -214,7 +237,7 @@ async def read_outcomes(
         fetch_max_wait_ms=READ_ON_MS,
         retry_backoff_ms=RETRY_BACKOFF_MS,
     )
-    heads: list[OutcomeHead] = []
+    found = PublishedOutcomes()
     try:
         count = (await partition_counts(kafka, [names.outcomes]))[names.outcomes]
         partitions = [TopicPartition(names.outcomes, number) for number in range(count)]
@@ -231,9 +254,11 @@ async def read_outcomes(
         while True:
             behind = [tp for tp in partitions if await consumer.position(tp) < ends[tp]]
             if not behind:
-                return heads, {tp.partition: ends[tp] for tp in partitions}
+                found.ends = {tp.partition: ends[tp] for tp in partitions}
+                return found
             for batch in (await consumer.getmany(*behind, timeout_ms=READ_ON_MS)).values():
-                heads += [codec.outcome_heads.decode(record.value) for record in batch if record.value]
+                for record in batch:
+                    found.add(record.partition, record.offset, record.value)
     except NO_ANSWER as error:
         raise LogUnavailable(f"read outcomes: {error!r}") from error
     finally:

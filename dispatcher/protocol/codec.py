@@ -31,10 +31,15 @@ class UnsupportedVersion(MalformedRecord):
 
 
 class Codec(Generic[T]):
-    """Decode and encode one record type."""
+    """Decode and encode one record type.
 
-    def __init__(self, kind: type[T]) -> None:
+    Args:
+        newest: the latest protocol version that it reads, None for any.
+    """
+
+    def __init__(self, kind: type[T], *, newest: int | None = PROTOCOL_VERSION) -> None:
         self._decoder = msgspec.json.Decoder(kind)
+        self._newest = newest
         self._name = kind.__name__
 
     def decode(self, data: bytes) -> T:
@@ -55,9 +60,9 @@ class Codec(Generic[T]):
         return value
 
     def _check_version(self, version: int) -> None:
-        if version > PROTOCOL_VERSION:
+        if self._newest is not None and version > self._newest:
             raise UnsupportedVersion(
-                f"{self._name}: version {version} is newer than {PROTOCOL_VERSION}; upgrade this process"
+                f"{self._name}: version {version} is newer than {self._newest}; upgrade this process"
             )
 
 
@@ -86,6 +91,8 @@ cancels = Codec(CancelRequest)
 leases = Codec(LeaseRecord)
 outcomes = Codec(Outcome)
 outcome_heads = Codec(OutcomeHead)
+published_heads = Codec(OutcomeHead, newest=None)
+"""Of what is on Kafka already: an answer of a later release is an answer."""
 chunks = Codec(Chunk)
 envelopes = Codec(Envelope)
 identities = Codec(NodeIdentity)

@@ -20,7 +20,8 @@ _PARTITION = r"(?:0|[1-9][0-9]{0,8})"
 _JOB_ID = re.compile(
     rf"({POOL_PATTERN})--({POOL_PATTERN})--([ib]{_PARTITION}_{_NUMBER})--({_NUMBER})_({_NUMBER})\Z"
 )
-_REF = re.compile(rf"([ib])({_PARTITION})_({_NUMBER})\Z")
+REF_PATTERN = rf"^([ib])({_PARTITION})_({_NUMBER})\Z"
+_REF = re.compile(REF_PATTERN)
 _ATTEMPT = re.compile(rf"({_NUMBER})_({_NUMBER})\Z")
 MAX_NAME_CHARS = 64
 

@@ -8,11 +8,13 @@ other endings), stored in Redis by a fenced script, and published by the leader'
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from dispatcher.protocol.request import FIRST_VERSION
+from dispatcher.protocol.names import REF_PATTERN
+from dispatcher.protocol.request import FIRST_VERSION, RequestIdText
 
 
 class OutcomeKind(StrEnum):
@@ -135,15 +137,16 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class OutcomeHead(Struct, frozen=True, kw_only=True):
     """What recovery and the audit read of an outcome, without its text.
 
-    Kind and reason are plain text here: a later release may have added some.
+    Kind and reason are plain text here: a later release may have added some. The rest is bounded as it is
+    in what a leader publishes: a new leader builds on it.
     """
 
-    id: str
-    ref: str
+    id: RequestIdText
+    ref: Annotated[str, Meta(pattern=REF_PATTERN)]
     kind: str
     reason: str
-    tenant: str = ""
-    fingerprint: str = ""
+    tenant: Annotated[str, Meta(max_length=256)] = ""
+    fingerprint: Annotated[str, Meta(max_length=64, pattern=r"^[^|]*\Z")] = ""
     attempt: str = ""
     v: int = FIRST_VERSION
 

@@ -57,7 +57,7 @@ class Endings:
     def _written(self, item: CloseItem, answer: str) -> None:
         self._asked.discard(str(item.ref))
         if answer.startswith("dup|"):
-            _, owner, print_ = answer.split("|")
+            owner, _, print_ = answer.removeprefix("dup|").partition("|")
             self._repeats.append(self.duplicate_item(item, owner, print_))
             return
         if item.place == "lost" and answer == "ok":

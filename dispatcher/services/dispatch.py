@@ -142,7 +142,7 @@ class Dispatch:
             choice.node.cordoned = True
             state.enter(waiting)
             return
-        _, owner, print_ = answer.split("|")
+        owner, _, print_ = answer.removeprefix("dup|").partition("|")
         envelope = waiting.envelope
         state.forget(ref)
         if print_ == envelope.fingerprint:

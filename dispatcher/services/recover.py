@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.leader_store import AdoptItem, CloseItem, LeaderStore
-from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, read_outcomes
+from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, PublishedOutcomes, read_outcomes
 from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.store_view import StoredJob, StoreView
 from dispatcher.protocol import codec
@@ -151,8 +151,8 @@ class Recovery:
         state = self._state
         ledger = await until_answered(self._view.ledger, state.metrics)
         since = {int(partition): offset for partition, offset in floor.items()} | ledger.settled
-        heads, ends = await read_outcomes(self._kafka, state.names, since)
-        published = {head.ref for head in heads}
+        told = await self._read_outcomes(since)
+        published = {head.ref for head in told.heads}
 
         def is_open(ref: Ref) -> bool:
             below = ref.source in finished and ref.offset < finished[ref.source].offset
@@ -169,8 +169,8 @@ class Recovery:
         if ledger.unreadable:
             state.metrics.foreign.inc(len(ledger.unreadable))
             state.log.error("jobs can't be read, left where they are", jobs=ledger.unreadable[:10])
-        told = {job.ref for job in jobs} | {*ledger.closing_refs, *map(_ref_in, ledger.unreadable)}
-        open_refs = [ref for ref in map(_parsed, told) if ref is not None and is_open(ref)]
+        unended = {job.ref for job in jobs} | {*ledger.closing_refs, *map(_ref_in, ledger.unreadable)}
+        open_refs = [ref for ref in map(_parsed, unended) if ref is not None and is_open(ref)]
         starts = await self._requests.log_starts()
         for source, mark in marks.items():
             at = max(ledger.marks.get(source, mark), mark)
@@ -187,7 +187,20 @@ class Recovery:
             )
         for job in jobs:
             self._restore(job)
-        return ends
+        return told.ends
+
+    async def _read_outcomes(
+        self, since: Mapping[int, int], *, since_ms: int | None = None
+    ) -> PublishedOutcomes:
+        """Read what is published; what no leader has written is told of once, and skipped."""
+        state = self._state
+        found = await read_outcomes(self._kafka, state.names, since, since_ms=since_ms)
+        if found.foreign:
+            state.metrics.foreign.inc(found.foreign)
+            state.log.error(
+                "records on outcomes can't be read, skipped", count=found.foreign, first=found.foreign_at
+            )
+        return found
 
     async def _drop_answered(self, jobs: Sequence[StoredJob], closing: Iterable[str]) -> None:
         """Take away what would be run or decided again although its outcome is published.
@@ -272,8 +285,8 @@ class Recovery:
         state = self._state
         since = {int(partition): offset for partition, offset in floor.items()}
         since_ms = state.clock.now_ms() - IDENTITY_WINDOW_MS
-        heads, ends = await read_outcomes(self._kafka, state.names, since, since_ms=since_ms)
-        finished_above = _finished_above(heads, marks)
+        told = await self._read_outcomes(since, since_ms=since_ms)
+        finished_above = _finished_above(told.heads, marks)
         state.generation = self._new_id()
         await until_answered(
             lambda: self._store.begin_generation(
@@ -282,7 +295,7 @@ class Recovery:
             state.metrics,
         )
         state.metrics.generations.inc()
-        await self._remember(heads)
+        await self._remember(told.heads)
         adopted = {} if fresh else await self._adopt(marks, finished_above)
         for source, mark in marks.items():
             mine = [ref.offset for ref in adopted if ref.source == source]
@@ -291,7 +304,7 @@ class Recovery:
             )
         for ref, bound in adopted.items():
             state.bind(str(ref), bound)
-        return ends
+        return told.ends
 
     async def _remember(self, heads: list[OutcomeHead]) -> None:
         names = self._state.names

@@ -147,6 +147,7 @@ class Pool:
         )
         self.outcomes: list[Outcome] = []
         self.dead: list[DeadLetter] = []
+        self.unreadable = 0
         self._stack = contextlib.AsyncExitStack()
         self._producer: Any = None
 
@@ -201,12 +202,18 @@ class Pool:
             while True:
                 for tp, batch in (await consumer.getmany(timeout_ms=500)).items():
                     for record in batch:
-                        if tp.topic == self.names.outcomes:
-                            self.outcomes.append(codec.outcomes.decode(record.value))
-                        else:
-                            self.dead.append(codec.dead_letters.decode(record.value))
+                        try:
+                            self._take(tp.topic, record.value or b"")
+                        except codec.MalformedRecord:
+                            self.unreadable += 1
         finally:
             await consumer.stop()
+
+    def _take(self, topic: str, value: bytes) -> None:
+        if topic == self.names.outcomes:
+            self.outcomes.append(codec.outcomes.decode(value))
+        else:
+            self.dead.append(codec.dead_letters.decode(value))
 
     async def append(
         self, record: dict[str, Any] | bytes, *, lane: Lane = Lane.INTERACTIVE, key: bytes | None = None

@@ -249,7 +249,7 @@ def test_a_request_survives_its_bytes(body: dict[str, Any], **fields: Any) -> No
 
 
 @given(
-    id=st.text(max_size=64),
+    id=st.text(min_size=1, max_size=64),
     kind=st.sampled_from(OutcomeKind),
     reason=st.sampled_from(Reason),
     message=st.text(max_size=64),
@@ -262,6 +262,34 @@ def test_an_outcomes_head_tells_the_same_as_the_outcome(**fields: Any) -> None:
     outcome, head = codec.outcomes.decode(data), codec.outcome_heads.decode(data)
     for name in ("id", "ref", "kind", "reason", "tenant", "fingerprint", "attempt", "v"):
         assert getattr(head, name) == getattr(outcome, name)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"id": ""},
+        {"id": "x" * 257},
+        {"ref": "somewhere"},
+        {"ref": f"i0_{10**400}"},
+        {"ref": "i0_1\n"},
+        {"tenant": "t" * 257},
+        {"fingerprint": "a|b"},
+        {"fingerprint": "a" * 65},
+    ],
+    ids=str,
+)
+def test_what_a_new_leader_would_stumble_over_is_no_head(field: dict[str, str]) -> None:
+    record = json.dumps({"id": "a", "ref": "i0_1", "kind": "Completed", "reason": "finished", **field})
+    for heads in (codec.outcome_heads, codec.published_heads):
+        with pytest.raises(MalformedRecord):
+            heads.decode(record.encode())
+
+
+def test_an_answer_of_a_later_release_is_an_answer() -> None:
+    record = b'{"id":"a","ref":"i0_1","kind":"Paused","reason":"asleep","v":99,"new":[1]}'
+    with pytest.raises(UnsupportedVersion):
+        codec.outcome_heads.decode(record)
+    assert codec.published_heads.decode(record).ref == "i0_1"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CODECS if kind != "outcome_head"])

@@ -129,6 +129,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cancels": {"id": "a", "tenant": "t"},
     "outcomes": {"id": "a", "ref": "i0_1", "kind": "Completed", "reason": "finished"},
     "outcome_heads": {"id": "a", "ref": "i0_1", "kind": "Completed", "reason": "finished"},
+    "published_heads": {"id": "a", "ref": "i0_1", "kind": "Completed", "reason": "finished"},
     "chunks": {"id": "a", "ref": "i0_1", "attempt": "5_1", "kind": "tokens", "choices": [{"text": "x"}]},
     "envelopes": {"ref": "i0_1", "id": "a", "model": "m", "block_hashes": ["0" * 16]},
     "identities": {"node": "n", "incarnation": "x", "models": ["m"]},
