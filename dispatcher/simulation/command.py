@@ -16,6 +16,7 @@ from dispatcher.errors import SettingsError
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.replay.traces import EXCERPT
 from dispatcher.scheduling.scheduler import POLICIES
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_plot import plot, plotting
 from dispatcher.simulation.fleet_report import Report, knees, table
@@ -90,6 +91,15 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
         help="so many times its prefill on an idle engine with an empty cache is good as well (default 3)",
     )
     add("--tpot-slo-ms", type=_rate, default=50.0, help="time per further token that is good (default 50)")
+    add(
+        "--slow",
+        type=_slow,
+        default=(0.0, 1.0),
+        metavar="SHARE:FACTOR",
+        help="so many of the nodes, chosen by the seed, at that part of the speed (0.3:0.5)",
+    )
+    add("--report-delay-s", type=_rate, default=0.0, help="nodes' load reports arrive so much later")
+    add("--drop-kv-events", type=_share, default=0.0, metavar="SHARE", help="share of block events lost")
     add("--jobs", type=_count, default=1, help="runs at a time, with equal results (default 1)")
     add("--json", type=Path, default=None, metavar="FILE", help="write the report as JSON")
     add("--plot", type=Path, default=None, metavar="FILE.png", help="draw the report (needs flexlb[plot])")
@@ -107,6 +117,18 @@ def _rate(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"expected above 0, seen {text}")
     return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, seen {text}")
+    return value
+
+
+def _slow(text: str) -> tuple[float, float]:
+    share, _, factor = text.partition(":")
+    return _share(share), _rate(factor)
 
 
 async def run_simulate(options: argparse.Namespace) -> int:
@@ -127,6 +149,12 @@ async def run_simulate(options: argparse.Namespace) -> int:
             ttft_floor_s=options.ttft_slo_ms / 1000,
             ttft_times=options.ttft_slo_times,
             tpot_s=options.tpot_slo_ms / 1000,
+        ),
+        conditions=Conditions(
+            slow_share=options.slow[0],
+            slow_factor=options.slow[1],
+            report_delay_s=options.report_delay_s,
+            dropped_kv_events=options.drop_kv_events,
         ),
     )
     with running(fleets, jobs=options.jobs) as runner:

@@ -15,6 +15,7 @@ from math import inf
 from random import Random
 from typing import Protocol
 
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
 from dispatcher.simulation.jumping_engine import JumpingEngine
 from dispatcher.simulation.policies.base import Arrival
@@ -71,20 +72,32 @@ class Router(Protocol):
 
 
 class FleetSimulation:
-    """`nodes` equal engines, one router, one workload at `rate` times its own pace.
+    """`nodes` engines, one router, one workload at `rate` times its own pace.
 
     Args:
-        profile: with blocks of the workload's size (`coarse`).
+        profile: of a nominal node, with blocks of the workload's size (`coarse`).
+        conditions: what is amiss, nothing when absent.
     """
 
     def __init__(
-        self, workload: FleetWorkload, router: Router, *, nodes: int, profile: Profile, rate: float, seed: int
+        self,
+        workload: FleetWorkload,
+        router: Router,
+        *,
+        nodes: int,
+        profile: Profile,
+        rate: float,
+        seed: int,
+        conditions: Conditions | None = None,
     ) -> None:
         self.profile = profile
+        self.conditions = conditions if conditions is not None else Conditions()
         self.block_tokens = workload.block_tokens
-        self.engines = [JumpingEngine(profile) for _ in range(nodes)]
+        self.speeds = self.conditions.speeds(nodes, seed)
+        self.engines = [JumpingEngine(profile.at_speed(speed)) for speed in self.speeds]
         self.now_s = 0.0
         self.rng = Random(seed)
+        self._losses = self.conditions.losses(seed)
         self.unfinished = workload.requests
         self.workload = workload
         self._router = router
@@ -190,7 +203,7 @@ class FleetSimulation:
         router.before_change(node)
         made = engine.advance()
         if router.wants_blocks:
-            stored, removed = engine.take_stored(), engine.take_removed()
+            stored, removed = self._left(engine.take_stored()), self._left(engine.take_removed())
             if stored or removed:
                 router.blocks_changed(node, stored, removed)
         elif engine.stored or engine.cache.events:
@@ -206,6 +219,11 @@ class FleetSimulation:
             if is_last:
                 self._finish(arrival, node)
         self._wake(node)
+
+    def _left(self, event: list[int]) -> list[int]:
+        """A block event's blocks, or none when it is lost."""
+        share = self.conditions.dropped_kv_events
+        return [] if event and share and self._losses.random() < share else event
 
     def _finish(self, arrival: Arrival, node: int) -> None:
         number = arrival.number

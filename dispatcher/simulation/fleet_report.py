@@ -8,6 +8,7 @@ from math import fsum, inf, isfinite, sqrt
 
 from msgspec import Struct
 
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.knee import ATTAINED, RESOLUTION, knee, told
@@ -40,6 +41,7 @@ class Run(Struct, frozen=True, kw_only=True):
     per_s: float
     nodes: int
     seed: int
+    conditions: Conditions
     requests: int
     completion: float
     ttft_ms: Times
@@ -88,6 +90,7 @@ def run_of(
     nodes: int,
     seed: int,
     objectives: Objectives,
+    conditions: Conditions,
 ) -> Run:
     """Sum up one run.
 
@@ -108,6 +111,7 @@ def run_of(
         per_s=round(per_s, 3),
         nodes=nodes,
         seed=seed,
+        conditions=conditions,
         requests=requests,
         completion=round(answered / requests, 4),
         ttft_ms=times_ms(result.ttft_s),
@@ -223,6 +227,7 @@ def table(report: Report, objectives: Objectives) -> str:
         ]
         lines.append(_line(policy, first, cells, widths))
     lines += ["", f"good: {objectives}"]
+    lines += [f"amiss: {run.conditions}" for run in report.runs[:1] if str(run.conditions)]
     if report.knee:
         lines += _told_knees(report, first)
     return "\n".join(lines)

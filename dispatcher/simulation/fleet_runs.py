@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetSimulation, coarse
 from dispatcher.simulation.fleet_report import Run, run_of
 from dispatcher.simulation.fleet_workload import FleetWorkload
@@ -22,6 +23,8 @@ from dispatcher.simulation.jumping_engine import JumpingEngine
 from dispatcher.simulation.knee import search
 from dispatcher.simulation.named_router import router_of
 from dispatcher.simulation.profile import Profile
+
+NOTHING_AMISS = Conditions()
 
 
 class Task(NamedTuple):
@@ -41,13 +44,15 @@ class Fleets:
     profile: Profile
     nodes: int
     objectives: Objectives
+    conditions: Conditions = NOTHING_AMISS
 
     @property
     def title(self) -> str:
         """What was simulated, in a line."""
         requests = next(iter(self.workloads.values())).requests
         fleet = f"{self.nodes} x {self.profile.name}"
-        return f"{self.trace}: {requests} requests, {fleet}; good: {self.objectives}"
+        amiss = f"; {self.conditions}" if str(self.conditions) else ""
+        return f"{self.trace}: {requests} requests, {fleet}{amiss}\ngood: {self.objectives}"
 
     def run(self, task: Task) -> Run:
         """Simulate one policy at one rate."""
@@ -60,6 +65,7 @@ class Fleets:
             profile=profile,
             rate=task.rate,
             seed=task.seed,
+            conditions=self.conditions,
         ).run()
         return run_of(
             result,
@@ -71,10 +77,11 @@ class Fleets:
             nodes=self.nodes,
             seed=task.seed,
             objectives=self.objectives,
+            conditions=self.conditions,
         )
 
     def carried(self, seed: int) -> float:
-        """The rate that the engines carry when requests are dealt out in turn and none is ever idle."""
+        """The rate that nominal engines carry when requests are dealt out in turn and none is ever idle."""
         workload = self.workloads[seed]
         engines = [JumpingEngine(coarse(self.profile, workload.block_tokens)) for _ in range(self.nodes)]
         turns = [turn for session in workload.sessions for turn in session]

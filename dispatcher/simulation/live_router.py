@@ -272,7 +272,8 @@ class LiveRouter:
             kv_total_tokens=profile.kv_tokens,
             seen_seq=agent.seen,
         )
-        self._sim.call_at(now_s + self._timing.report_s, self._hear, agent.state, report)
+        delay_s = self._timing.report_s + self._sim.conditions.report_delay_s
+        self._sim.call_at(now_s + delay_s, self._hear, agent.state, report)
         if held:
             self._sim.call_at(now_s + self._timing.heartbeat_s, self._beat, node, agent.reports)
 

@@ -2,11 +2,15 @@
 
 A router polls all nodes at multiples of `poll_s`. Here a node's load is taken down when it is about to change
 for the first time since a poll, or when it is asked for: what a poll would have seen, for no work between.
+Where reports are late, earlier ones are kept until the next has arrived.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from dispatcher.simulation.fleet import FleetSimulation
@@ -22,7 +26,9 @@ class FleetWorld:
         self.rng: Random = fleet.rng
         self._fleet = fleet
         self._poll_s = poll_s
-        self._polled: list[tuple[int, Signal]] = [(-1, self._load(node, 0.0)) for node in range(self.nodes)]
+        self._delay_s = fleet.conditions.report_delay_s
+        # Per node, the load seen by each poll after the entry before up to this one.
+        self._polled = [deque([(-1, self._load(node, 0.0))]) for node in range(self.nodes)]
 
     @property
     def now_s(self) -> float:
@@ -34,22 +40,37 @@ class FleetWorld:
         raise AttributeError("now_s: expected the simulator alone to move time")
 
     def signal(self, node: int) -> Signal:
-        """The node's load as of the last poll, or now for a policy that never polls."""
+        """The node's load as of the last poll that arrived, or now for a policy that never polls."""
         if self._poll_s <= 0:
             return self._load(node, self.now_s)
         self.take_down(node)
-        return self._polled[node][1]
+        polled = self._polled[node]
+        arrived = math.floor((self.now_s - self._delay_s) / self._poll_s)
+        while polled[0][0] < arrived:
+            polled.popleft()
+        return polled[0][1] if polled[0][0] <= arrived else self._seen(polled[0][1], arrived)
 
     def take_down(self, node: int) -> None:
         """Keep the load that the last poll saw, unless it is kept already."""
         if self._poll_s <= 0:
             return
         poll = int(self.now_s / self._poll_s)
-        if self._polled[node][0] != poll:
-            self._polled[node] = (poll, self._load(node, poll * self._poll_s))
+        polled = self._polled[node]
+        if polled[-1][0] != poll:
+            polled.append((poll, self._load(node, poll * self._poll_s)))
+            if not self._delay_s:
+                polled.popleft()
+
+    def _seen(self, signal: Signal, poll: int) -> Signal:
+        """A load that did not change, as an earlier poll saw it."""
+        return replace(signal, at_s=max(0.0, poll * self._poll_s))
+
+    def speed(self, node: int) -> float:
+        """How fast the node is: 1 is the profile's speed."""
+        return self._fleet.speeds[node]
 
     def prefill_s(self, uncached: int, cached: int) -> float:
-        """Seconds that an idle engine of this profile takes, in one step."""
+        """Seconds that an idle engine of this profile takes, in one step; of a nominal node."""
         pairs = uncached * (uncached + 2 * cached)
         return self._fleet.profile.step_s(uncached, pairs, cached, 0, 0)
 

@@ -12,7 +12,7 @@ b decoding sequences and their c tokens of context together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,20 @@ class Profile:
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self.kv_blocks * self.block_tokens
+
+    def at_speed(self, factor: float) -> Profile:
+        """The same engine on hardware of `factor` times its speed."""
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            fixed_s=self.fixed_s / factor,
+            prefill_token_s=self.prefill_token_s / factor,
+            attention_s=self.attention_s / factor,
+            prefill_context_s=self.prefill_context_s / factor,
+            decode_sequence_s=self.decode_sequence_s / factor,
+            decode_context_s=self.decode_context_s / factor,
+        )
 
     def step_s(
         self, prefill_tokens: int, pairs: int, prefill_context: int, decoding: int, decode_context: int

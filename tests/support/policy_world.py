@@ -36,6 +36,9 @@ class PolicyWorld:
         """Return what was last written of the node."""
         return self.signals[node]
 
+    def speed(self, node: int) -> float:
+        return 1.0
+
     def prefill_s(self, uncached: int, cached: int) -> float:
         """Return the seconds to prefill: linear in the uncached tokens."""
         return uncached / PREFILL_TOKENS_PER_S

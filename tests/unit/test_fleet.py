@@ -14,6 +14,7 @@ import pytest
 
 from dispatcher.errors import SettingsError
 from dispatcher.replay.traces import TraceRequest
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn, open_loop, read_workload
 from dispatcher.simulation.live_router import LiveRouter
@@ -47,9 +48,17 @@ def chatter(requests: int, *, seed: int = 7, per_s: float = 40.0) -> FleetWorklo
 
 
 def simulate(
-    workload: FleetWorkload, router: Router, *, nodes: int = 4, rate: float = 1.0, seed: int = 1
+    workload: FleetWorkload,
+    router: Router,
+    *,
+    nodes: int = 4,
+    rate: float = 1.0,
+    seed: int = 1,
+    conditions: Conditions | None = None,
 ) -> FleetResult:
-    return FleetSimulation(workload, router, nodes=nodes, profile=TEST, rate=rate, seed=seed).run()
+    return FleetSimulation(
+        workload, router, nodes=nodes, profile=TEST, rate=rate, seed=seed, conditions=conditions
+    ).run()
 
 
 class Noted:
@@ -115,6 +124,96 @@ def test_a_policy_sees_loads_as_of_its_last_poll_and_events_late() -> None:
     told_s, node, blocks = policy.blocks[0]
     assert (node, blocks) == (0, tuple(range(31)))
     assert told_s == pytest.approx(first_s + 0.25)
+
+
+def test_late_reports_show_earlier_polls() -> None:
+    workload = turns((0.1, 8_000, ()), (0.6, 300, ()), (1.1, 300, ()), (1.3, 300, ()), (3.0, 300, ()))
+    prompt, late = Noted(), Noted()
+    simulate(workload, PolicyRouter(prompt), nodes=1)
+    simulate(workload, PolicyRouter(late), nodes=1, conditions=Conditions(report_delay_s=0.6))
+    assert [at_s for _, at_s, _, _ in prompt.seen] == [0.0, 0.5, 1.0, 1.0, 3.0]
+    # The poll at 0 arrives at 0.6, the one at 0.5 at 1.1, the one at 2 at 2.6.
+    assert [at_s for _, at_s, _, _ in late.seen] == [0.0, 0.0, 0.5, 0.5, 2.0]
+    assert [running for _, _, running, _ in late.seen] == [0, 0, 1, 1, 0]
+    assert late.seen[2][3] == prompt.seen[1][3] == 8_000
+
+
+def test_slow_nodes_take_longer_and_the_seed_says_which() -> None:
+    conditions = Conditions(slow_share=0.5, slow_factor=0.25)
+    nominal = simulate(turns((0.0, 1_000, ())), round_robin(), nodes=1)
+    slow = simulate(
+        turns((0.0, 1_000, ())),
+        round_robin(),
+        nodes=1,
+        conditions=Conditions(slow_share=1, slow_factor=0.25),
+    )
+    assert slow.ttft_s[0] == pytest.approx(4 * nominal.ttft_s[0])
+    assert slow.tpot_s[0] == pytest.approx(4 * nominal.tpot_s[0])
+    drawn = {tuple(conditions.speeds(8, seed)) for seed in range(5)}
+    assert len(drawn) > 1
+    assert all(sorted(speeds) == [0.25] * 4 + [1.0] * 4 for speeds in drawn)
+
+
+def test_ours_learns_which_nodes_are_slow() -> None:
+    conditions = Conditions(slow_share=0.5, slow_factor=0.25)
+    ours = LiveRouter()
+    workload = chatter(400, per_s=8.0)
+    result = simulate(workload, ours, conditions=conditions)
+    blind = simulate(workload, LiveRouter("random"), conditions=conditions)
+    speeds = conditions.speeds(4, 1)
+    costs = [ours.state.fleet.nodes[f"n{node}"].predictor.cost.seconds(2_000, 0) for node in range(4)]
+    slow = [cost for cost, speed in zip(costs, speeds, strict=True) if speed < 1]
+    fast = [cost for cost, speed in zip(costs, speeds, strict=True) if speed == 1]
+    assert min(slow) > 2 * max(fast)
+    assert sum(result.ttft_s) < 0.6 * sum(blind.ttft_s)
+
+
+def test_late_reports_reach_ours_late_too() -> None:
+    def seen(delay_s: float) -> list[int]:
+        ours = LiveRouter()
+        fleet = FleetSimulation(
+            turns((0.0, 8_000, ())),
+            ours,
+            nodes=1,
+            profile=TEST,
+            rate=1.0,
+            seed=1,
+            conditions=Conditions(report_delay_s=delay_s),
+        )
+        running: list[int] = []
+        for at_s in (0.3, 0.7):
+            fleet.call_at(
+                at_s, lambda: running.append(getattr(ours.state.fleet.nodes["n0"].report, "running", 0))
+            )
+        fleet.run()
+        return running
+
+    assert seen(0.0) == [1, 1]
+    assert seen(0.5) == [0, 1]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_lost_block_events_are_never_heard_of(ours: bool) -> None:
+    class Counts(LiveRouter):
+        told = 0
+
+        def blocks_changed(self, node: int, stored: Sequence[int], removed: Sequence[int]) -> None:
+            self.told += bool(stored) + bool(removed)
+            super().blocks_changed(node, stored, removed)
+
+    def told(share: float) -> int:
+        conditions = Conditions(dropped_kv_events=share)
+        if ours:
+            router = Counts()
+            simulate(chatter(200), router, conditions=conditions)
+            return router.told
+        policy = Noted()
+        simulate(chatter(200), PolicyRouter(policy), conditions=conditions)
+        return len(policy.blocks)
+
+    everything = told(0.0)
+    assert told(1.0) == 0
+    assert 0.2 * everything < told(0.5) < 0.8 * everything
 
 
 def test_a_policy_that_names_no_node_is_an_error() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dispatcher.cli import main
+from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, knees, times_ms
 from dispatcher.simulation.policies import BY_NAME
 
@@ -27,6 +28,7 @@ def run(policy: str, rate: float, attainment: float, seed: int = 1) -> Run:
         per_s=rate,
         nodes=1,
         seed=seed,
+        conditions=Conditions(),
         requests=1,
         completion=1.0,
         ttft_ms=times,
@@ -117,6 +119,32 @@ def test_a_sweep_is_the_same_on_two_cores_and_at_its_rates(
     # A row holds both seeds, with the interval between them.
     assert [row.split()[0] for row in rows[:2]] == ["flexlb", "random"]
     assert " ±" in rows[0]
+
+
+def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    amiss = ["--slow", "0.25:0.5", "--report-delay-s", "0.5", "--drop-kv-events", "0.1"]
+    assert (
+        main([*SHORT, "--policy", "flexlb", "--policy", "smg_expected_wait", *amiss, "--json", str(path)])
+        == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "amiss: 25% of the nodes at 0.5 of the speed, load reports 0.5 s late, 10% of block events lost"
+    )
+    conditions = {
+        "slow_share": 0.25,
+        "slow_factor": 0.5,
+        "report_delay_s": 0.5,
+        "dropped_kv_events": 0.1,
+    }
+    assert [one["conditions"] for one in json.loads(path.read_text())["runs"]] == [conditions] * 2
+
+
+@pytest.mark.parametrize("value", ["2:0.5", "0.3", "0.3:0", "x:y"])
+def test_slow_nodes_are_a_share_and_a_factor(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*SHORT, "--slow", value])
+    assert "--slow" in capsys.readouterr().err
 
 
 def test_every_policy_is_simulated_when_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,9 @@ class World(Protocol):
     def signal(self, node: int) -> Signal:
         """Return the node's load as of the last poll."""
 
+    def speed(self, node: int) -> float:
+        """Return the node's speed (1: the profile's), for policies whose originals have one for each node."""
+
     def prefill_s(self, uncached: int, cached: int) -> float:
         """Return the profile's seconds to prefill, for policies whose originals have a fitted model."""
 

@@ -30,7 +30,8 @@ DISPATCHES_KEPT = 8_192
 
 
 class SMGExpectedWait(Policy):
-    """Defaults are the original's; `throughput` is what it assumes of a node that reports none (tokens/s).
+    """Defaults are the original's; `throughput` is what it assumes of a node that reports none (tokens/s),
+    here times the node's speed.
 
     A node with `overload_waiting` requests queued, or more than `overload_usage` of its KV cache held, is not
     eligible while another is.
@@ -70,6 +71,7 @@ class SMGExpectedWait(Policy):
     def start(self, world: World) -> None:
         """Begin with an idle fleet and an empty tree."""
         self._world = world
+        self._throughputs = [self._throughput * world.speed(node) for node in range(world.nodes)]
         self._load = [0] * world.nodes
         self._total_load = 0
         # Per node, what the last report has not seen: (dispatched at, tokens), and their sum.
@@ -117,7 +119,7 @@ class SMGExpectedWait(Policy):
         unaccounted = max(0, self._load[node] - signal.running - signal.waiting - len(since))
         tokens = queued + (signal.running + unaccounted) * self._mean_prefill + self._since_tokens[node]
         k = min(0.999, signal.active_blocks / signal.total_blocks)
-        return tokens / self._throughput + self._weight_s * k / (1.0 - k)
+        return tokens / self._throughputs[node] + self._weight_s * k / (1.0 - k)
 
     def _eligible(self, holders: Iterable[int]) -> list[int]:
         world = self._world
