@@ -6,9 +6,8 @@ Deterministic: the same trace, flags and seed give the same figures on every mac
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from random import Random
 
 import msgspec
 
@@ -21,11 +20,10 @@ from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_plot import plot, plotting
 from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
-from dispatcher.simulation.fleet_workload import FleetWorkload, workload_of
+from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.named_router import EVERY, OURS, router_of
 from dispatcher.simulation.policies import BY_NAME
-from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
 
 
@@ -141,7 +139,15 @@ async def run_simulate(options: argparse.Namespace) -> int:
     profile = PROFILES[options.profile]
     seeds: Sequence[int] = tuple(dict.fromkeys(options.seed or (1,)))
     fleets = Fleets(
-        workloads=_workloads(options, seeds, profile),
+        workloads=workloads_of(
+            options.trace,
+            seeds,
+            is_drawn=options.poisson,
+            requests=options.requests,
+            block_tokens=options.block_tokens,
+            # The last block of each prompt and answer is a whole one.
+            longest=coarse(profile, options.block_tokens).kv_tokens,
+        ),
         trace=Path(options.trace or EXCERPT).name,
         profile=profile,
         nodes=options.nodes,
@@ -172,27 +178,6 @@ async def run_simulate(options: argparse.Namespace) -> int:
     if options.plot is not None:
         _write(options.plot, lambda path: plot(report, path, fleets.title))
     return 0
-
-
-def _workloads(
-    options: argparse.Namespace, seeds: Sequence[int], profile: Profile
-) -> Mapping[int, FleetWorkload]:
-    """What is sent by seed: the same each time unless arrivals are drawn."""
-    # The last block of each prompt and answer is a whole one.
-    longest = coarse(profile, options.block_tokens).kv_tokens
-
-    def read(seed: int) -> FleetWorkload:
-        return workload_of(
-            options.trace,
-            requests=options.requests,
-            block_tokens=options.block_tokens,
-            poisson=Random(seed) if options.poisson else None,
-            longest=longest,
-        )
-
-    if options.poisson:
-        return {seed: read(seed) for seed in seeds}
-    return dict.fromkeys(seeds, read(seeds[0]))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -70,6 +70,27 @@ def workload_of(
     )
 
 
+def workloads_of(
+    path: str | Path | None,
+    seeds: Sequence[int],
+    *,
+    is_drawn: bool,
+    requests: int | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+    longest: int | None = None,
+) -> dict[int, FleetWorkload]:
+    """Read what is sent by seed: gaps drawn from each, or the recorded times for all."""
+
+    def read(poisson: Random | None) -> FleetWorkload:
+        return workload_of(
+            path, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
+        )
+
+    if is_drawn:
+        return {seed: read(Random(seed)) for seed in seeds}
+    return dict.fromkeys(seeds, read(None))
+
+
 def read_workload(
     path: str | Path,
     *,

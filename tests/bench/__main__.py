@@ -1,4 +1,7 @@
-"""`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request."""
+"""`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request.
+
+`scheduling`, which simulates, is a command of its own with flags of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import cancel, failover, hops, latency, soak
+from tests.bench import cancel, failover, hops, latency, scheduling, soak
 from tests.bench.machine import describe_machine
 
 BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run, "cancel": cancel.run}
@@ -18,12 +21,15 @@ ALONE = {"soak": soak.run}
 
 def main() -> int:
     """Run the benchmarks named, or all."""
+    if sys.argv[1:2] == ["scheduling"]:
+        return scheduling.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join([*BENCHES, *ALONE])}; all but {', '.join(ALONE)} when absent",
+        help=f"of {', '.join([*BENCHES, *ALONE])}; all but {', '.join(ALONE)} when absent; "
+        "or scheduling, alone and with its own flags (scheduling --help)",
     )
     parser.add_argument("--json", type=Path, metavar="DIR", help="leave one JSON file per benchmark here")
     options = parser.parse_args()
