@@ -38,6 +38,7 @@ from dispatcher.frontend.settings import FrontendSettings
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.request import Endpoint
 from dispatcher.protocol.tenant_salt import effective_salt
+from dispatcher.telemetry.http import guard_expectations
 from dispatcher.telemetry.logging import Log
 
 HEALTH_CACHED_S = 2.0
@@ -150,6 +151,7 @@ class Frontend:
             keepalive_timeout=KEEP_ALIVE_S,
         )
         await runner.setup()
+        guard_expectations(runner.server)
         self._stack.push_async_callback(runner.cleanup)
         assert runner.server is not None, "a runner has its server once it is set up"
         self._listener = Listener(runner.server)
@@ -215,6 +217,9 @@ class Frontend:
                 return response
         except Refused as refusal:
             status, code = refusal.problem.status, refusal.problem.code
+            raise
+        except web.HTTPException as error:
+            status = error.status
             raise
         finally:
             self.metrics.requests.labels(endpoint.value, f"{status // 100}xx").inc()
@@ -294,6 +299,10 @@ class Frontend:
         except TimeoutError:
             raise refused(
                 408, f"body: expected it within {self._settings.body_timeout_s:g} s, seen a part"
+            ) from None
+        except web.RequestPayloadError:
+            raise refused(
+                400, "body: expected it as Content-Encoding and Transfer-Encoding say, seen something else"
             ) from None
         ask = read_ask(endpoint, body)
         model = ask.model or await self._only_model()

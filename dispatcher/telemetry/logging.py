@@ -18,6 +18,18 @@ from pathlib import Path
 RATION_S = 10.0
 """The same line of a library (its logger, level and text without arguments) is written once in so long."""
 MOST_RATIONED = 1000
+SENDERS_FAULTS = {"HttpProcessingError", "RequestPayloadError", "ClientConnectionResetError"}
+"""aiohttp's errors about what it was sent and who has left, by name: whoever logs need not have it loaded."""
+
+
+class NoFault(logging.Filter):
+    """Leaves out what a sender of bytes that are no HTTP has done to itself: it was told so, or has left."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write a line of an HTTP server's."""
+        kind = record.exc_info[0] if record.exc_info else None
+        names = {base.__name__ for base in kind.__mro__} if kind is not None else set()
+        return record.name != "aiohttp.server" or not names & SENDERS_FAULTS
 
 
 class Ration(logging.Filter):
@@ -85,6 +97,7 @@ def configure_logging(level: str = "INFO") -> None:
     """Send all logs to stderr in our form."""
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(_Text() if sys.stderr.isatty() else _JSONLines())
+    stream.addFilter(NoFault())
     stream.addFilter(Ration())
     root = logging.getLogger()
     root.handlers[:] = [stream]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from dispatcher.telemetry.http import guard_expectations
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -158,6 +160,7 @@ async def serve_metrics(
     app.router.add_get("/health", healthy)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
+    guard_expectations(runner.server)
     site = web.TCPSite(runner, host, port)
     try:
         await site.start()

@@ -7,8 +7,10 @@ import logging
 import re
 
 import pytest
+from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.web import RequestPayloadError
 
-from dispatcher.telemetry.logging import MOST_RATIONED, Ration, configure_logging, where_broke
+from dispatcher.telemetry.logging import MOST_RATIONED, NoFault, Ration, configure_logging, where_broke
 
 
 def record(
@@ -82,6 +84,23 @@ def test_an_exception_of_a_library_is_shown_without_its_text_and_ours_with_it(
     assert theirs["exception"].endswith("ValueError")
     assert "test_logging.py" in theirs["exception"]
     assert "ValueError: canary" in ours["exception"]
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ContentEncodingError("no"), False),
+        (RequestPayloadError(), False),
+        (ValueError("ours"), True),
+        (None, True),
+    ],
+)
+def test_what_senders_do_to_themselves_is_left_out(error: Exception | None, passes: bool) -> None:
+    one = record("Error handling request", logger="aiohttp.server")
+    one.exc_info = (type(error), error, None) if error is not None else None
+    assert NoFault().filter(one) is passes
+    one.name = "flexlb"
+    assert NoFault().filter(one)
 
 
 def test_where_it_broke_is_told_without_what_it_was_given() -> None:

@@ -21,6 +21,7 @@ from dispatcher.simulation.engine import EngineModel
 from dispatcher.simulation.kv_cache import CacheEvent
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
+from dispatcher.telemetry.http import guard_expectations
 from workers_agent.simulator.driver import Driver, Reply
 from workers_agent.simulator.engine_metrics import EngineMetrics
 from workers_agent.simulator.faults import Fault, FaultPlan, Faults, kill_myself
@@ -107,6 +108,7 @@ class Simulator:
         add.add_post("/sim/faults", self._set_faults)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
+        guard_expectations(runner.server)
         try:
             self.kv = self._publisher()
             try:
@@ -176,14 +178,14 @@ class Simulator:
 
     async def _tokenise(self, request: web.Request) -> web.Response:
         try:
-            ids = read_tokenise(await request.read()).tolist()
+            ids = read_tokenise(await _body_of(request)).tolist()
         except Refusal as refusal:
             return _refuse(refusal)
         return web.json_response({"count": len(ids), "max_model_len": self._longest, "tokens": ids})
 
     async def _detokenise(self, request: web.Request) -> web.Response:
         try:
-            return web.json_response({"prompt": read_detokenise(await request.read())})
+            return web.json_response({"prompt": read_detokenise(await _body_of(request))})
         except Refusal as refusal:
             return _refuse(refusal)
 
@@ -192,9 +194,11 @@ class Simulator:
 
     async def _set_faults(self, request: web.Request) -> web.Response:
         try:
-            faults = msgspec.json.decode(await request.read(), type=Faults)
+            faults = msgspec.json.decode(await _body_of(request), type=Faults)
         except (ValueError, RecursionError) as error:
             return _refuse(Refusal(400, "BadRequestError", f"faults: {error}"))
+        except Refusal as refusal:
+            return _refuse(refusal)
         self._faults.change(faults)
         return web.Response(body=msgspec.json.encode(faults), content_type="application/json")
 
@@ -203,7 +207,7 @@ class Simulator:
         began_s = self._driver.clock_s
         try:
             ask = read_ask(
-                await request.read(),
+                await _body_of(request),
                 is_chat=request.path == CHAT_PATH,
                 id=request.headers.get("X-Request-Id") or str(self._requests),
             )
@@ -220,6 +224,8 @@ class Simulator:
             if ask.stream:
                 return await self._stream(request, reply, fault)
             return await self._whole(request, reply, fault)
+        except ConnectionError:
+            raise asyncio.CancelledError("the client left") from None
         finally:
             self._driver.leave(reply)
 
@@ -287,6 +293,18 @@ class Simulator:
         if fault is not Fault.DIE:
             await _break_off(request, fault)
         return None
+
+
+async def _body_of(request: web.Request) -> bytes:
+    """A request's body.
+
+    Raises:
+        Refusal: 400, it is not what its headers say.
+    """
+    try:
+        return await request.read()
+    except web.RequestPayloadError as error:
+        raise Refusal(400, "BadRequestError", f"body: {error.__cause__ or error}") from None
 
 
 def _refuse(refusal: Refusal) -> web.Response:
