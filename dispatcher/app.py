@@ -42,6 +42,7 @@ from dispatcher.services.registry import Registry
 from dispatcher.services.retention import Retention
 from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
+from dispatcher.services.unreadable import Unreadable
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
 from dispatcher.tasks import run_together
@@ -229,12 +230,13 @@ class Dispatcher:
                 parameters=_overload(settings),
                 healthy_s=lambda: self.mirror.healthy.now_s,
             )
+            limits = self._limits(requests)
             intake = Intake(
                 state,
                 requests,
                 endings,
                 shedder,
-                limits=self._limits(requests),
+                limits=limits,
                 block_size=settings.block_size,
                 window_requests=settings.window_requests,
                 window_bytes=settings.window_bytes,
@@ -255,6 +257,7 @@ class Dispatcher:
                 store,
                 self._view,
                 outcomes,
+                Unreadable(state, requests, limits),
                 positions=recovered.positions,
                 floor=recovered.floor,
                 committed=recovered.committed,

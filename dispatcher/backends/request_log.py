@@ -6,11 +6,13 @@ consumer group moves partitions. A position below the log's start is reported, n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
 from dispatcher.backends.kafka_errors import NO_ANSWER
@@ -19,6 +21,9 @@ from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Lane, Names, Ref
 
 Ends = Mapping[TopicPartition, int]
+RECORD_S = 10.0
+READ_ON_MS = 20
+"""The client moves past control records only when it gives nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,17 +146,52 @@ class RequestLog:
         records = []
         for tp, batch in batches.items():
             lane = self._lanes[tp]
-            for record in batch:
-                records.append(
-                    LogRecord(
-                        ref=Ref(lane, tp.partition, record.offset),
-                        key=record.key,
-                        value=record.value,
-                        timestamp_ms=record.timestamp,
-                        traceparent=_traceparent(record.headers),
-                    )
-                )
+            records += [_record_of(lane, record) for record in batch]
         return records
+
+    async def record_at(self, ref: Ref) -> LogRecord | None:
+        """The record at one place, wherever `read` stands; None when it is gone.
+
+        Raises:
+            LogUnavailable: the broker did not answer.
+        """
+        tp = TopicPartition(self._names.requests(ref.lane), ref.partition)
+        consumer = self._kafka.consumer(
+            group_id=None,
+            fetch_max_wait_ms=500,
+            isolation_level="read_committed",
+            auto_offset_reset="none",
+        )
+        try:
+            async with asyncio.timeout(RECORD_S):
+                await consumer.start()
+                consumer.assign([tp])
+                start = (await consumer.beginning_offsets([tp]))[tp]
+                end = (await consumer.end_offsets([tp]))[tp]
+                if not start <= ref.offset < end:
+                    return None
+                consumer.seek(tp, ref.offset)
+                found: list[LogRecord] = []
+                while not found and await consumer.position(tp) < end:
+                    for batch in (await consumer.getmany(tp, timeout_ms=READ_ON_MS, max_records=1)).values():
+                        found += [_record_of(ref.lane, record) for record in batch]
+        except OffsetOutOfRangeError:
+            return None
+        except NO_ANSWER as error:
+            raise LogUnavailable(f"request {ref}: {error!r}") from error
+        finally:
+            await close_kafka_client(consumer)
+        return found[0] if found and found[0].ref == ref else None
+
+
+def _record_of(lane: Lane, record: Any) -> LogRecord:
+    return LogRecord(
+        ref=Ref(lane, record.partition, record.offset),
+        key=record.key,
+        value=record.value,
+        timestamp_ms=record.timestamp,
+        traceparent=_traceparent(record.headers),
+    )
 
 
 async def _ends(consumer: Any, partitions: list[TopicPartition]) -> Ends:

@@ -8,14 +8,14 @@ scheduling needs; its meaning is the engine's matter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import msgspec
 
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Envelope, Work, encode_job_data
-from dispatcher.protocol.names import Ref
+from dispatcher.protocol.names import Lane, Names, Ref
 from dispatcher.protocol.outcome import Reason
 from dispatcher.protocol.request import INLINE_BODY_BYTES, NO_BODY, BodyRef, InferenceRequest
 from dispatcher.protocol.tenant_salt import effective_salt, salted_hashes
@@ -37,6 +37,15 @@ class AdmissionLimits:
     bodies_topic: str
     reply_topics: Mapping[str, int]
     isolate_tenants: bool = False
+
+
+def lane_limits(limits: AdmissionLimits, ref: Ref, names: Names) -> AdmissionLimits:
+    """What the lane of a record accepts: batch has time."""
+    if ref.lane is Lane.INTERACTIVE:
+        return limits
+    return replace(
+        limits, default_deadline_ms=limits.max_deadline_ms, request_topic=names.requests(Lane.BATCH)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

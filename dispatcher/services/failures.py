@@ -21,6 +21,7 @@ from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
 from dispatcher.services.publication import ReadyEnding, cut_attempt, error_text, given_up
 from dispatcher.services.state import Bound, LeaderState
+from dispatcher.services.unreadable import Unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,13 @@ class _Retry:
 class Failures:
     """Decides about the failed attempts of one pool."""
 
-    def __init__(self, state: LeaderState, store: LeaderStore, view: StoreView) -> None:
+    def __init__(
+        self, state: LeaderState, store: LeaderStore, view: StoreView, unreadable: Unreadable
+    ) -> None:
         self._state = state
         self._store = store
         self._view = view
+        self._unreadable = unreadable
 
     async def carry_out(self, entries: Sequence[StreamEntry]) -> list[ReadyEnding]:
         """Decide one batch of failed or released attempts; returns what is left to publish or to drop."""
@@ -60,6 +64,9 @@ class Failures:
             except ValueError as error:
                 self._state.metrics.foreign.inc()
                 self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
+                gone = await self._unreadable.hold(Ref.parse(entry.text("ref")), entry)
+                if gone is not None:
+                    endings.append(gone)
                 continue
             if isinstance(found, ReadyEnding):
                 endings.append(found)

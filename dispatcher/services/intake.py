@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from dataclasses import replace
 
 from dispatcher.backends.request_log import LogRecord, RequestLog
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane
 from dispatcher.protocol.outcome import Reason
-from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit
+from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit, lane_limits
 from dispatcher.scheduling.window import LANE_SHARE, Waiting
 from dispatcher.services.cancels import doom_cancelled, take_early
 from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
@@ -117,7 +116,7 @@ class Intake:
             appended_ms=record.timestamp_ms,
             now_ms=state.clock.now_ms(),
             traceparent=record.traceparent,
-            limits=self._limits if ref.lane is Lane.INTERACTIVE else self._batch_limits(),
+            limits=lane_limits(self._limits, ref, state.names),
             carry_bodies=state.window.bytes_of(ref.lane) < self._carried_bytes * LANE_SHARE[ref.lane],
         )
         match decision:
@@ -148,13 +147,6 @@ class Intake:
                 seen_tokens=envelope.block_size,
                 fix="give dispatchers and whoever hashes prompts the same block_size",
             )
-
-    def _batch_limits(self) -> AdmissionLimits:
-        return replace(
-            self._limits,
-            default_deadline_ms=self._limits.max_deadline_ms,
-            request_topic=self._state.names.requests(Lane.BATCH),
-        )
 
     async def _refuse(self, record: LogRecord, refused: Refused) -> None:
         known = self._state.identities.get((refused.tenant, refused.id)) if refused.id else None

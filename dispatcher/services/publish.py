@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 
 from dispatcher.backends.leader_store import LeaderStore
-from dispatcher.backends.outcome_log import CommitNote, OutcomeLog, Publication
+from dispatcher.backends.outcome_log import CommitNote, OutcomeLog
 from dispatcher.backends.store_view import StoreView, StreamEntry
 from dispatcher.errors import RecordTooLarge
 from dispatcher.protocol.names import Ref
@@ -21,12 +21,11 @@ from dispatcher.services.persist import until_answered
 from dispatcher.services.publication import (
     ReadyEnding,
     dropped,
-    ended,
-    own_job,
     ready_ending,
     without_long_text,
 )
 from dispatcher.services.state import LeaderState
+from dispatcher.services.unreadable import Unreadable
 
 READ_COUNT = 512
 READ_BLOCK_MS = 500
@@ -49,6 +48,7 @@ class Publish:
         store: LeaderStore,
         view: StoreView,
         log: OutcomeLog,
+        unreadable: Unreadable,
         *,
         positions: Mapping[int, int],
         floor: Mapping[str, int],
@@ -58,8 +58,8 @@ class Publish:
         self._store = store
         self._view = view
         self._log = log
-        self._failures = Failures(state, store, view)
-        self._unreadable: dict[str, bytes] = {}
+        self._unreadable = unreadable
+        self._failures = Failures(state, store, view, unreadable)
         self._positions = dict(positions)
         self._starts: dict[int, dict[str, int]] = {0: dict(floor)}
         self._sweep_at = FEWEST_STARTS
@@ -82,7 +82,8 @@ class Publish:
                 cursor = entries[-1].id
                 self._store.note_generation(generation, expected=self._state.generation, at_least=known)
             await self.publish(entries)
-            await self._end_unreadable()
+            if due := self._unreadable.due():
+                await self._publish(due, [])
             if len(entries) < READ_COUNT:
                 self._state.closing_read_s = began_s
 
@@ -108,35 +109,14 @@ class Publish:
             try:
                 endings.append(ready_ending(entry, ref))
             except ValueError as error:
-                # Of a later release, perhaps, whose leader may read it; else the deadline ends the request.
                 self._refuse(entry, error)
-                bound = self._state.bound.get(str(ref))
-                if bound is not None and own_job(entry) == str(bound.job):
-                    self._unreadable[str(ref)] = entry.id
+                if (gone := await self._unreadable.hold(ref, entry)) is not None:
+                    endings.append(gone)
             else:
                 self._state.unbind(str(ref), answered=True)
         if failed:
             endings += await self._failures.carry_out(failed)
         await self._publish(endings, foreign)
-
-    async def _end_unreadable(self) -> None:
-        """Publish what was decided since about requests whose own endings can't be read, in their place."""
-        state = self._state
-        endings = []
-        for ref, entry in list(self._unreadable.items()):
-            if not state.is_unfinished(ref):
-                del self._unreadable[ref]
-            elif (doom := state.doomed.get(ref)) is not None:
-                envelope, now_ms = doom.envelope, state.clock.now_ms()
-                outcome = ended(envelope, doom.kind, doom.reason, doom.message, now_ms=now_ms)
-                publication = Publication(key=envelope.id.encode(), outcome=outcome)
-                endings.append(
-                    ReadyEnding(entry=entry, ref=Ref.parse(ref), id=envelope.id, publication=publication)
-                )
-                state.unbind(ref)
-                del self._unreadable[ref]
-        if endings:
-            await self._publish(endings, [])
 
     def _open_ref(self, entry: StreamEntry) -> Ref:
         """The ref of an entry of ours; ValueError for what no script of ours has written."""

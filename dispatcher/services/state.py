@@ -86,6 +86,8 @@ class LeaderState:
     early_cancels: dict[tuple[str, str], EarlyCancel] = field(default_factory=dict)
     leases: Leases = field(default_factory=Leases)
     doomed: dict[str, Doom] = field(default_factory=dict)
+    held: dict[str, Envelope] = field(default_factory=dict)
+    """Requests whose endings wait in `closing` and can't be read."""
     deadlines: list[tuple[int, str]] = field(default_factory=list)
     closed: set[str] = field(default_factory=set)
     """Requests that this leader has ended and not published yet."""
@@ -186,6 +188,11 @@ class LeaderState:
         """Pending requests whose time has not come, or that wait for a token of the retry budget."""
         return self.retries.all()
 
+    def hold(self, envelope: Envelope) -> None:
+        """Note a request whose ending can't be read: its deadline or a cancel is to end it."""
+        self._know(envelope)
+        self.held[envelope.ref] = envelope
+
     def withdraw(self, ref: str) -> Waiting | None:
         """Take a waiting request out, delayed or not."""
         return self.retries.withdraw(ref) or self.window.remove(ref)
@@ -203,6 +210,7 @@ class LeaderState:
                 del self.identities[identity]
         self.attempts.pop(ref, None)
         self.doomed.pop(ref, None)
+        self.held.pop(ref, None)
         self.closed.discard(ref)
         self.leases.drop(ref)
 
@@ -216,7 +224,7 @@ class LeaderState:
         if waiting is not None:
             return waiting.envelope
         bound = self.bound.get(ref)
-        return bound.envelope if bound is not None else None
+        return bound.envelope if bound is not None else self.held.get(ref)
 
     def progress_of(self, ref: Ref) -> SourceProgress:
         """The marks of the partition that `ref` lies in."""
