@@ -27,7 +27,7 @@ class FleetResult:
     """One run. Lists are by request in the order of arrival.
 
     `ttft_s` is seconds to the first token, infinite when no answer came; `tpot_s` those per token after it,
-    0 of one token.
+    0 of one token. Arrivals lie within the first `arrivals_s`, everything within `span_s`.
     """
 
     ttft_s: Sequence[float]
@@ -36,6 +36,7 @@ class FleetResult:
     cached_tokens: int
     busy_s: Sequence[float]
     preemptions: int
+    arrivals_s: float
     span_s: float
     wall_s: float
 
@@ -108,6 +109,7 @@ class FleetSimulation:
         self._turns: dict[int, tuple[Sequence[Turn], int]] = {}
         self._woken: list[float | None] = [None] * nodes
         self._arrived = self._sessions = 0
+        self._last_arrival_s = 0.0
         self._ttft: list[float] = [inf] * self.unfinished
         self._tpot: list[float] = [0.0] * self.unfinished
         self._first: dict[int, float] = {}
@@ -148,6 +150,7 @@ class FleetSimulation:
             cached_tokens=self._cached,
             busy_s=[engine.busy_s for engine in self.engines],
             preemptions=sum(engine.preemptions for engine in self.engines),
+            arrivals_s=self._last_arrival_s,
             span_s=self.now_s,
             wall_s=time.perf_counter() - began_s,
         )
@@ -169,6 +172,7 @@ class FleetSimulation:
         number = self._arrived
         self._arrived += 1
         turn = session[place]
+        self._last_arrival_s = self.now_s
         self._prompts[number] = turn.prompt_tokens
         arrival = Arrival(
             number, self.now_s, turn.prompt_tokens, turn.output_tokens, turn.blocks, session=name

@@ -31,7 +31,8 @@ class Run(Struct, frozen=True, kw_only=True):
     """One policy at one rate and seed.
 
     `slo_attainment` is the share of all requests that were good (`goodput.Objectives`), `goodput_per_s` how
-    many a second; `completion` the share that was answered; `busy` the engines' share of the time.
+    many a second while requests arrive: how long the last answers are says nothing of the fleet. `completion`
+    is the share that was answered; `busy` the engines' share of the time.
     """
 
     policy: str
@@ -117,7 +118,7 @@ def run_of(
         ttft_ms=times_ms(result.ttft_s),
         tpot_ms=times_ms(one for one in result.tpot_s if one),
         slo_attainment=round(good / requests, 4),
-        goodput_per_s=round(good / result.span_s, 3) if result.span_s else 0.0,
+        goodput_per_s=round(good / (result.arrivals_s or result.span_s or 1.0), 3),
         hit_ratio=round(result.cached_tokens / prompts, 4) if prompts else 0.0,
         load_max_over_mean=round(max(result.busy_s) / mean_busy_s, 3) if mean_busy_s else 1.0,
         busy=round(mean_busy_s / result.span_s, 4) if result.span_s else 0.0,

@@ -16,9 +16,9 @@ RESOLUTION = 0.02
 """How much higher than the highest rate carried the first one missed may be."""
 SHARES = (0.4, 0.6, 0.8, 1.0, 1.2)
 """Shares of what the fleet carries when requests are dealt out in turn."""
-RISE = 1.2
+RISE = 1.4
 """Beyond, each rate is so many times the one before, while the objectives are kept."""
-MOST_RISES = 20
+MOST_RATES = 14
 FALLS = 4
 """How often the lowest rate is halved when even that falls short."""
 
@@ -31,7 +31,7 @@ def search(carried: float) -> Generator[float, float, None]:
     """
     good = bad = 0.0
     share = SHARES[0]
-    for place in range(MOST_RISES):
+    for place in range(MOST_RATES):
         share = SHARES[place] if place < len(SHARES) else share * RISE
         rate = told(carried * share)
         if (yield rate) < ATTAINED:

@@ -8,12 +8,16 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dispatcher.cli import main
 from dispatcher.simulation.conditions import Conditions
-from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, knees, times_ms
+from dispatcher.simulation.fleet import FleetResult
+from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, knees, run_of, table, times_ms
+from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.policies import BY_NAME
+from dispatcher.simulation.profiles import PROFILES
 
 SHORT = ["simulate", "--requests", "120", "--nodes", "4"]
 
@@ -166,6 +170,37 @@ def test_an_interval_is_students() -> None:
     assert found.half == pytest.approx(4.3 / 3**0.5)
     assert estimate([5.0]).half == 0
     assert estimate([5.0, inf]).mean == inf
+
+
+def test_times_without_an_answer_are_infinite_and_null_in_json() -> None:
+    times = times_ms([0.001, inf])
+    assert (times.mean, times.p50, times.p99) == (inf, inf, inf)
+    assert msgspec.json.decode(msgspec.json.encode(times))["p99"] is None
+    result = FleetResult(
+        ttft_s=[0.5, inf, 0.5, 2.0],
+        tpot_s=[0.01, 0.0, 0.06, 0.01],
+        prompt_tokens=[100, 100, 100, 100],
+        cached_tokens=100,
+        busy_s=[2.0, 1.0],
+        preemptions=0,
+        arrivals_s=2.0,
+        span_s=50.0,
+        wall_s=0.0,
+    )
+    told = run_of(
+        result,
+        policy="a",
+        trace="t",
+        profile=PROFILES["h100-llama-8b"],
+        rate=1.0,
+        per_s=2.0,
+        nodes=2,
+        seed=1,
+        objectives=Objectives(),
+        conditions=Conditions(),
+    )
+    assert (told.completion, told.slo_attainment, told.goodput_per_s) == (0.75, 0.25, 0.5)
+    assert "inf" in table(Report(runs=[told], knee={}), Objectives())
 
 
 def test_percentiles_are_nearest_ranks() -> None:

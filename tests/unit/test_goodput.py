@@ -62,7 +62,7 @@ def test_the_knee_is_no_artefact_of_the_steps(true_knee: float) -> None:
 
 
 def test_a_search_takes_some_eight_runs() -> None:
-    for tenths in range(5, 13):
+    for tenths in range(5, 12):
         _, asked = found(lambda rate, knee=tenths / 10 + 0.03: 0.99 if rate <= knee else 0.2, 1.0)  # type: ignore[misc]
         assert len(asked) <= 10
 
