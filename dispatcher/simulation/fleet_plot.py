@@ -59,7 +59,8 @@ def plot(report: Report, path: Path, title: str) -> None:
     for (policy, _), same in sorted(by_rate(report.runs).items(), key=lambda one: one[0][1]):
         curves.setdefault(policy, []).append(same)
     policies = list(dict.fromkeys(run.policy for run in report.runs))
-    colours = pyplot.get_cmap("tab20").colors
+    pairs = pyplot.get_cmap("tab20").colors
+    colours = (*pairs[::2], *pairs[1::2])
     for axis, panel in zip(axes.flat, PANELS, strict=True):
         for place, policy in enumerate(policies):
             found = [estimate([panel.value(run) for run in same]) for same in curves[policy]]

@@ -18,7 +18,7 @@ TINY = ["--requests", "80", "--nodes", "4", "--seeds", "2", "--quick"]
 BASELINES = ["random", "round_robin", "lmetric"]
 
 
-def run(policy: str, seed: int, *, goodput: float = 1.0, mean: float = 1.0, hits: float = 0.1) -> Run:
+def run(policy: str, seed: int, *, good: float = 1.0, mean: float = 1.0, hits: float = 0.1) -> Run:
     times = Times(mean=mean, p50=1.0, p90=1.0, p99=1.0)
     return Run(
         policy=policy,
@@ -33,8 +33,8 @@ def run(policy: str, seed: int, *, goodput: float = 1.0, mean: float = 1.0, hits
         completion=1.0,
         ttft_ms=times,
         tpot_ms=times,
-        slo_attainment=1.0,
-        goodput_per_s=goodput,
+        slo_attainment=good,
+        goodput_per_s=1.0,
         hit_ratio=hits,
         load_max_over_mean=1.0,
         busy=0.5,
@@ -45,18 +45,18 @@ def run(policy: str, seed: int, *, goodput: float = 1.0, mean: float = 1.0, hits
 
 def test_each_measure_is_compared_with_its_own_best_seed_by_seed() -> None:
     runs = [
-        run("ours", 1, goodput=3, mean=30),
-        run("ours", 2, goodput=2, mean=20),
-        run("busy", 1, goodput=6, mean=90),
-        run("busy", 2, goodput=2, mean=90),
-        run("quick", 1, goodput=1, mean=10),
-        run("quick", 2, goodput=1, mean=20),
+        run("ours", 1, good=0.75, mean=30),
+        run("ours", 2, good=0.5, mean=20),
+        run("busy", 1, good=1.0, mean=90),
+        run("busy", 2, good=0.5, mean=90),
+        run("quick", 1, good=0.25, mean=10),
+        run("quick", 2, good=0.25, mean=20),
     ]
     found = ratios(runs, "ours", ["busy", "quick"])
     assert found.keys() == MEASURES.keys()
     goodput, mean = found["goodput"], found["TTFT mean"]
-    assert (goodput.policy, goodput.ours, goodput.other) == ("busy", 2.5, 4)
-    assert goodput.ratio == pytest.approx((3 / 6 + 2 / 2) / 2)
+    assert (goodput.policy, goodput.ours, goodput.other) == ("busy", 0.625, 0.75)
+    assert goodput.ratio == pytest.approx((0.75 / 1 + 0.5 / 0.5) / 2)
     assert goodput.half > 0
     assert (mean.policy, mean.ratio) == ("quick", 2)
 
