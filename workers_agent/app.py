@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.body_log import BodyLog
-from dispatcher.backends.clock import Clock
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.node_store import NodeStore
 from dispatcher.backends.reply_history import ReplyHistory
@@ -73,6 +73,7 @@ class Agent:
         self._kafka = kafka
         self._engine = engine
         self._clock = clock
+        self._server_clock = ServerClock(clock)
         self._new_id = new_id
         self._log = log
         self.metrics = AgentMetrics(registry)
@@ -97,6 +98,7 @@ class Agent:
             settings.node,
             heartbeat_ttl_s=settings.heartbeat_ttl_s,
             lease_s=settings.claim_lease_s,
+            server_clock=self._server_clock,
         )
 
     def health(self) -> dict[str, object]:
@@ -152,7 +154,13 @@ class Agent:
     async def _live(self, stop: asyncio.Event) -> None:
         """One incarnation, from registration to drain; raises Fenced (in a group) when it is fenced."""
         settings = self._settings
-        state = AgentState(identity=self._identity(), clock=self._clock, metrics=self.metrics, log=self._log)
+        state = AgentState(
+            identity=self._identity(),
+            clock=self._clock,
+            server_clock=self._server_clock,
+            metrics=self.metrics,
+            log=self._log,
+        )
         self.state = state
         self.metrics.incarnations.inc()
         registration = Registration(state, self._store)

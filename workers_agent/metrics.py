@@ -24,6 +24,11 @@ class AgentMetrics:
         self.incarnations = Counter("flexlb_agent_incarnations", "Incarnations begun", registry=registry)
         self.registrations = Counter("flexlb_agent_registrations", "Registrations", registry=registry)
         self.engine_ok = Gauge("flexlb_agent_engine_ok", "1 while the engine answers", registry=registry)
+        self.clock_ahead_s = Gauge(
+            "flexlb_agent_clock_ahead_seconds",
+            "By how much this host's wall clock is ahead of Redis's, which deadlines go by",
+            registry=registry,
+        )
         self.store_errors = Counter(
             "flexlb_agent_store_errors", "Calls Redis did not answer", registry=registry
         )

@@ -20,7 +20,7 @@ from rq.job import Job
 from rq.utils import as_text
 
 from dispatcher.backends.body_log import BodyLog
-from dispatcher.backends.clock import Clock
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.environment import read_settings
 from dispatcher.backends.node_store import Claimed, NodeStore
@@ -117,6 +117,7 @@ class _Run:
         self._settings = settings
         self._execution = execution
         self._clock = Clock()
+        self._server_clock = ServerClock(self._clock)
         self._names = Names(settings.pool)
         self._log = Log(process="rq", pool=settings.pool, node=settings.node)
 
@@ -130,6 +131,7 @@ class _Run:
             settings.node,
             heartbeat_ttl_s=settings.heartbeat_ttl_s,
             lease_s=settings.claim_lease_s,
+            server_clock=self._server_clock,
         )
         kafka = connect_kafka(settings.kafka, settings.kafka_access)
         replies, bodies = ReplyLog(kafka, self._names), BodyLog(kafka)
@@ -187,7 +189,11 @@ class _Run:
             engine_url=settings.engine_url,
         )
         return AgentState(
-            identity=identity, clock=self._clock, metrics=AgentMetrics(CollectorRegistry()), log=self._log
+            identity=identity,
+            clock=self._clock,
+            server_clock=self._server_clock,
+            metrics=AgentMetrics(CollectorRegistry()),
+            log=self._log,
         )
 
     async def _claim(self, state: AgentState, store: NodeStore, registration: Registration) -> Claimed | None:

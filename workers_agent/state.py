@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dispatcher.backends.clock import Clock
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.node_store import Claimed, Ending
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity
@@ -18,6 +18,9 @@ from dispatcher.telemetry.logging import Log
 from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.engines.gpu import GpuLoad
 from workers_agent.metrics import AgentMetrics
+
+MOST_AHEAD_S = 1.0
+"""A wall clock that differs from Redis's by more is told of."""
 
 
 @dataclass(kw_only=True)
@@ -52,11 +55,13 @@ class AgentState:
     """The ledger of one incarnation.
 
     `is_suspect` is set when a stream stalled: the engine gets no work before a probe has succeeded.
-    `progress_s` is when any stream last brought something.
+    `server_clock` is Redis's: deadlines and the times in outcomes go by it. `progress_s` is when any stream
+    last brought something.
     """
 
     identity: NodeIdentity
     clock: Clock
+    server_clock: ServerClock
     metrics: AgentMetrics
     log: Log
     held: dict[str, Held] = field(default_factory=dict)
@@ -66,6 +71,7 @@ class AgentState:
     backlog: bool = True
     draining: bool = False
     left: bool = False
+    is_clock_off: bool = False
     engine_ok: bool = True
     is_suspect: bool = False
     load: EngineLoad = field(default_factory=EngineLoad)
@@ -88,6 +94,19 @@ class AgentState:
     def awaits_adoption(self) -> bool:
         """Whether Redis may not know yet what we hold, because it lost its data a moment ago."""
         return not self.generation or self.clock.monotonic() < self.adoption_until_s
+
+    def note_clock(self) -> None:
+        """Show how far the own wall clock is ahead; once for each time that it is too far."""
+        ahead_s = self.server_clock.own_ahead_s
+        self.metrics.clock_ahead_s.set(ahead_s)
+        is_off = abs(ahead_s) > MOST_AHEAD_S
+        if is_off and not self.is_clock_off:
+            self.log.warning(
+                "this host's clock differs from Redis's, which deadlines go by",
+                ahead_s=round(ahead_s, 3),
+                fix="synchronise the clocks of all hosts, as with NTP",
+            )
+        self.is_clock_off = is_off
 
     def take(self, claimed: Claimed, envelope: Envelope) -> Held:
         """Hold an attempt."""

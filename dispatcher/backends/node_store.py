@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from redis.exceptions import RedisError
 
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.scripts import Argument, Redis, ScriptRunner, translate
 from dispatcher.backends.store_view import StreamEntry
 from dispatcher.errors import StoreUnavailable
@@ -75,12 +76,20 @@ class NodeStore:
     """The scripts of one node."""
 
     def __init__(
-        self, runner: ScriptRunner, names: Names, node: str, *, heartbeat_ttl_s: float, lease_s: float
+        self,
+        runner: ScriptRunner,
+        names: Names,
+        node: str,
+        *,
+        heartbeat_ttl_s: float,
+        lease_s: float,
+        server_clock: ServerClock | None = None,
     ) -> None:
         self._runner = runner
         self._client: Redis = runner.client
         self.names = names
         self.node = node
+        self._clock = server_clock or ServerClock(Clock())
         self._heartbeat_ms = int(heartbeat_ttl_s * 1000)
         self._lease_ms = int(lease_s * 1000)
 
@@ -110,8 +119,10 @@ class NodeStore:
         ]
         for job, (envelope, data) in held.items():
             arguments += (job, envelope, data)
+        asked_s = self._clock.monotonic()
         state, *rest = await self._runner.run("register", keys, arguments)
         if state == b"ok":
+            self._clock.heard(int(rest[1]), asked_s)
             return str(rest[0].decode())
         if state == b"busy":
             return Busy(incarnation=rest[0].decode(), wait_ms=int(rest[1]))
@@ -123,8 +134,10 @@ class NodeStore:
         keys = (names.node(node), names.load(node))
         arguments: list[Argument] = [report.incarnation, codec.encode(report), self._heartbeat_ms]
         arguments += (names.reports, names.generation)
-        answer = await self._runner.run("report", keys, arguments)
-        return str(answer.decode())
+        asked_s = self._clock.monotonic()
+        generation, now_ms = await self._runner.run("report", keys, arguments)
+        self._clock.heard(int(now_ms), asked_s)
+        return str(generation.decode())
 
     async def publish_blocks(self, events: Sequence[BlockEvent]) -> int:
         """Publish changes of the cache view; returns the highest sequence that Redis has applied.

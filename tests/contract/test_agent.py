@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from aiokafka import TopicPartition
 from prometheus_client import CollectorRegistry
 
+from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import KafkaClients, connect_redis
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
@@ -82,7 +85,7 @@ class HeldEngine:
 
 @contextlib.asynccontextmanager
 async def running_agent(
-    pool: Pool, engine: Engine, *, node: str = "n1", **settings: Any
+    pool: Pool, engine: Engine, *, node: str = "n1", clock: Clock = CLOCK, **settings: Any
 ) -> AsyncIterator[tuple[Agent, asyncio.Event]]:
     """Run an agent in this process; stops it at the end as SIGTERM would."""
     agent = Agent(
@@ -94,7 +97,7 @@ async def running_agent(
         redis=lambda: connect_redis(pool.redis_url),
         kafka=pool.clients,
         engine=engine,
-        clock=CLOCK,
+        clock=clock,
         new_id=lambda: uuid.uuid4().hex,
         registry=CollectorRegistry(),
         log=Log(node=node),
@@ -151,6 +154,37 @@ async def test_request_is_streamed_and_answered_whole(led: Pool) -> None:
         assert chunk.first_token == counted
         counted += chunk.tokens
     assert {chunk.attempt for chunk in chunks} == {outcome.attempt}
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0], ids=["ahead", "behind"])
+async def test_deadlines_go_by_the_clock_of_redis(
+    led: Pool, caplog: pytest.LogCaptureFixture, ahead_s: float
+) -> None:
+    """A node that gave up all that it gets, at once, would get ever more."""
+    caplog.set_level(logging.INFO, "flexlb")
+    engine = HeldEngine()
+    engine.go_on.set()
+    skews = [0.0]
+    clock = Clock(epoch_s=lambda: time.time() + skews[-1])
+    async with running_agent(led, engine, clock=clock) as (agent, _):
+        for number in range(3):
+            await led.append(request(f"r{number}", deadline_ms=20_000))
+            outcome = await led.outcome(f"r{number}")
+            assert outcome.kind is OutcomeKind.COMPLETED
+            timing = outcome.timing
+            assert 0 <= timing.ended - timing.appended < 20_000, "its times are of one clock"
+            skews.append(ahead_s)
+
+        async def is_shown() -> bool:
+            return bool(abs(agent.metrics.clock_ahead_s._value.get() - ahead_s) < 1)
+
+        await wait_until(is_shown, "the difference in a metric")
+        engine.go_on.clear()
+        await led.append(request("late", deadline_ms=1500))
+        assert (await led.outcome("late")).reason is Reason.DEADLINE_EXCEEDED
+        assert engine.aborted == ["late"]
+    told = [line for line in caplog.records if "clock differs" in line.getMessage()]
+    assert len(told) == 1
 
 
 async def test_a_request_for_an_adapter_goes_to_the_node_that_has_it(led: Pool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher.backends.clock import ServerClock
 from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, Publication
 from dispatcher.backends.scripts import Script
@@ -206,9 +207,20 @@ def rewind_overlooked(patch: pytest.MonkeyPatch) -> dict[str, str]:
     return {}
 
 
+def deadlines_by_the_own_clock(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An agent judges deadlines by its host's clock, whatever Redis's says."""
+
+    def heard(clock: ServerClock, server_ms: int, asked_s: float) -> None:
+        """Learn nothing."""
+
+    patch.setattr(ServerClock, "heard", heard)
+    return {}
+
+
 FAULTS: dict[Plant, tuple[str, ...]] = {
     outcome_outside_the_transaction: ("strike_between_effects", "freeze_dispatcher"),
     rewind_overlooked: ("rewind_redis", "kill_dispatcher"),
+    deadlines_by_the_own_clock: ("jump_clock",),
 }
 """Kinds of fault for bugs that bite in a moment which few seeds of all kinds hit."""
 
@@ -227,5 +239,6 @@ BUGS: dict[Plant, int] = {
     finished_without_outcome: 0,
     recovery_forgets_closing: 6,
     identities_lost_with_redis: 15,
+    deadlines_by_the_own_clock: 1,
 }
 """Each with the first seed that caught it when this was written: where a test begins to look."""

@@ -17,6 +17,7 @@ from typing import Any
 from dispatcher.backends.scripts import Script
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Names, Ref
+from dispatcher.protocol.outcome import Reason
 from tests.support.sim.kafka import SimKafka
 from tests.support.sim.redis import SimRedis
 
@@ -284,7 +285,16 @@ class Invariants:
             count = sum(answered[ref] for ref in refs)
             if count != 1:
                 self.violate(f"{tenant}/{id} at {refs} has {count} outcomes, expected exactly one")
+        self._check_deadlines()
         self._check_keys()
+
+    def _check_deadlines(self) -> None:
+        """No agent gives up what has time, whatever its host's clock says: runs are shorter than the default."""
+        for value in self._decided(self._names.outcomes):
+            head = codec.outcome_heads.decode(value)
+            is_given_up = bool(head.attempt) and head.reason == Reason.DEADLINE_EXCEEDED
+            if is_given_up and not self._expectations.requests.get(head.ref, {}).get("deadline_ms"):
+                self.violate(f"an agent gave up {head.ref} long before its deadline")
 
     def _check_keys(self) -> None:
         for key in self._redis.call("KEYS", "*"):

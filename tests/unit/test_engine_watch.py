@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from prometheus_client import CollectorRegistry
 
-from dispatcher.backends.clock import Clock
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.telemetry.logging import Log
@@ -73,6 +73,7 @@ class Scene:
         self.state = AgentState(
             identity=NodeIdentity(node="n", incarnation="x", models=("m",)),
             clock=Clock(),
+            server_clock=ServerClock(Clock()),
             metrics=AgentMetrics(CollectorRegistry()),
             log=Log(),
         )

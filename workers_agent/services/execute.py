@@ -224,7 +224,7 @@ class Executor:
             checkpoint: what the attempt before left.
         """
         state = self._state
-        claimed_ms, began_s = state.clock.now_ms(), state.clock.monotonic()
+        claimed_ms, began_s = state.server_clock.now_ms(), state.clock.monotonic()
         answer = Answer()
         stream = ReplyStream(self._replies, work, attempt, state.identity.node, self._pacer, state.metrics)
         if (held := state.held.get(job)) is not None:
@@ -279,7 +279,7 @@ class Executor:
                 appended=work.appended_ms,
                 claimed=claimed_ms,
                 first_token=answer.first_token_ms,
-                ended=state.clock.now_ms(),
+                ended=state.server_clock.now_ms(),
                 prefill_us=answer.prefill_us if not answer.resumed_tokens else 0,
             ),
             predicted_cached_tokens=hit_tokens,
@@ -299,7 +299,7 @@ class Executor:
         """
         if not work.deadline_at_ms:
             return None
-        left_s = (work.deadline_at_ms - self._state.clock.now_ms()) / 1000
+        left_s = (work.deadline_at_ms - self._state.server_clock.now_ms()) / 1000
         if left_s <= 0:
             raise TimeoutError
         return left_s
@@ -334,7 +334,7 @@ class Executor:
                     is_first = False
                     self._prefills.first_token(answer, submitted_s, clock.monotonic())
                     self._state.note_token(job)
-                answer.add(piece, clock.now_ms())
+                answer.add(piece, self._state.server_clock.now_ms())
                 await stream.add(piece)
         await stream.end(answer.finish_reason)
 

@@ -51,6 +51,7 @@ class Heartbeat:
         """One report, and an extension of leases when a second has passed."""
         state = self._state
         generation = await self._registration.say(lambda: self._store.report(self._report()))
+        state.note_clock()
         if generation != state.generation:
             await self._registration.renew()
         now_s = state.clock.monotonic()

@@ -68,6 +68,7 @@ class Registration:
             if answer is None:
                 raise Fenced("this incarnation was fenced")
             state.generation = answer
+            state.note_clock()
             self._count += 1
             state.metrics.registrations.inc()
             state.backlog = True

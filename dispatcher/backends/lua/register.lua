@@ -5,7 +5,7 @@
 --       6 queue  7 RQ worker ttl s  8 reports stream  9 generation
 --       10 held jobs h   h x (job id, envelope, data)
 -- What belongs to the whole pool is no KEYS: an ACL gives those to be read and written, or not at all.
--- Returns {'ok', generation id}; {'busy', other incarnation, ms until its heartbeat expires};
+-- Returns {'ok', generation id, epoch ms by the server's clock}; {'busy', other incarnation, ms until its heartbeat expires};
 -- {'fenced'} when this incarnation was fenced: register with a new one.
 -- The inventory (held jobs) matters only after a loss of Redis data: the leader adopts from it.
 local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
@@ -35,4 +35,6 @@ redis.call('HSET', KEYS[4], 'birth', ARGV[5], 'last_heartbeat', ARGV[5], 'queues
   'version', '3', 'hostname', '', 'pid', '0')
 redis.call('EXPIRE', KEYS[4], ARGV[7])
 redis.call('XADD', ARGV[8], 'MAXLEN', '~', 20000, '*', 'kind', 'register', 'body', ARGV[2])
-return {'ok', redis.call('HGET', ARGV[9], 'id') or ''}
+local time = redis.call('TIME')
+local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+return {'ok', redis.call('HGET', ARGV[9], 'id') or '', now_ms}
