@@ -1362,6 +1362,40 @@ async def test_a_request_in_a_nodes_hands_is_closed_wherever_it_is_there(stage: 
 
 
 @everywhere
+async def test_a_lost_request_is_closed_once_however_often_its_leader_asks(stage: Stage) -> None:
+    """An answer that did not come is asked for again, and nothing is left that the first call removed."""
+    leader = await stage.lead()
+    await stage.join()
+    await assign(leader, item(0), item(1), item(2), marks={"i0": 2})
+    for offset in range(2):
+        await stage.client.delete(stage.names.job(job_id(offset)))
+    await stage.client.delete(stage.names.queue_key("n"))
+    await stage.client.xadd(
+        stage.names.closing,
+        {"kind": "outcome", "ref": "i0_1", "job": str(job_id(1)), "payload": b"another's"},
+    )
+    lost = [
+        CloseItem(
+            place="lost",
+            ref=Ref(Lane.INTERACTIVE, 0, n),
+            kind="outcome",
+            id="r",
+            payload=b"c%d" % n,
+            job=job_id(n),
+        )
+        for n in range(3)
+    ]
+    for _ in range(3):
+        assert await leader.close(lost) == ["ok", "ok", "ok"]
+    entries = [entry for _, entry in await stage.closing()]
+    assert [(entry[b"ref"], entry[b"payload"]) for entry in entries[1:]] == [
+        (b"i0_0", b"c0"),
+        (b"i0_1", b"c1"),
+        (b"i0_2", b"c2"),
+    ], "of each one more, whatever else waits for it"
+
+
+@everywhere
 async def test_a_request_that_is_elsewhere_is_not_closed(stage: Stage) -> None:
     leader = await stage.lead()
     await stage.join()

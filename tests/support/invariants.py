@@ -289,7 +289,7 @@ class Invariants:
         self._check_keys()
 
     def _check_deadlines(self) -> None:
-        """No agent gives up what has time, whatever its host's clock says: runs are shorter than the default."""
+        """No agent gives up what has time, whatever its host's clock says: runs are shorter than defaults."""
         for value in self._decided(self._names.outcomes):
             head = codec.outcome_heads.decode(value)
             is_given_up = bool(head.attempt) and head.reason == Reason.DEADLINE_EXCEEDED

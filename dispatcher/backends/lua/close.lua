@@ -7,7 +7,7 @@
 --       kind is 'outcome' (payload: the outcome), 'dead' (payload: outcome, newline, dead letter) or
 --       'none' (a duplicate that is coalesced with its first: the mark moves, nothing is published).
 --       place 'lost': as 'job', and when it was taken but is nowhere any more: other hands deleted its hash, or the list
---       in which it stood.
+--       in which it stood. Nothing is removed then that entitled it: a repeated call finds its entry in `closing`.
 --       identity '' leaves the (tenant, id) unclaimed (a refused duplicate must not own it).
 -- Returns {the generation's counter, one answer per item, keys of nodes dropped for their type}: 'ok', 'already' (decided before or not in that place any more),
 -- or 'dup|<ref>|<print>' when (tenant, id) belongs to another record.
@@ -38,6 +38,15 @@ local function may_be_closing(job)
   end
   return #entries > 1000
 end
+-- Whether this very ending waits in `closing`: of its newest 1000, as a call is repeated soon.
+local function is_appended(ref, kind, payload)
+  for _, entry in ipairs(redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1000)) do
+    local found = {}
+    for i = 1, #entry[2], 2 do found[entry[2][i]] = entry[2][i + 1] end
+    if found.ref == ref and found.kind == kind and found.payload == payload then return true end
+  end
+  return false
+end
 local at = 7
 local answers = {}
 for i = 1, tonumber(ARGV[6]) do
@@ -45,7 +54,7 @@ for i = 1, tonumber(ARGV[6]) do
   local node, job, kind, id, payload = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
   local identity, print = ARGV[at + 9], ARGV[at + 10]
   at = at + 11
-  local answer = 'already'
+  local answer, is_repeated = 'already', false
   if place == 'log' then
     local above = prefix .. 'above:' .. source
     local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
@@ -85,7 +94,7 @@ for i = 1, tonumber(ARGV[6]) do
       local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
       local taken = tonumber(offset) < low or redis.call('ZSCORE', prefix .. 'above:' .. source, offset)
       if taken and not redis.call('ZSCORE', KEYS[4], ref) and not (is_there and may_be_closing(job)) then
-        answer = 'ok'
+        answer, is_repeated = 'ok', is_appended(ref, kind, payload)
       end
     end
     if answer == 'ok' then
@@ -93,7 +102,7 @@ for i = 1, tonumber(ARGV[6]) do
       redis.call('DEL', 'rq:job:' .. job)
     end
   end
-  if answer == 'ok' and kind ~= 'none' then
+  if answer == 'ok' and kind ~= 'none' and not is_repeated then
     redis.call('XADD', KEYS[5], '*', 'kind', kind, 'ref', ref, 'id', id, 'job', job, 'payload', payload)
   end
   answers[i] = answer
