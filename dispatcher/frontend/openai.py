@@ -171,8 +171,10 @@ def _text_choice(choice: Choice) -> dict[str, object]:
 def merge_deltas(deltas: Sequence[Raw]) -> dict[str, Any]:
     """Several raw deltas as one: text grows, lists grow, their elements with an `index` join by it.
 
-    A delta that is alone stays as it was written.
+    A delta that is alone stays as it was written. One that is no object, as no agent of ours writes, is left
+    out: the text beside it is still an answer.
     """
+    deltas = [delta for delta in deltas if bytes(delta).lstrip()[:1] == b"{"]
     if not deltas:
         return {}
     if len(deltas) == 1:

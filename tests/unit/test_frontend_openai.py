@@ -113,6 +113,15 @@ def test_one_delta_is_passed_on_as_it_is() -> None:
     }
 
 
+@pytest.mark.parametrize("odd", [b"[]", b"null", b"1", b'"x"', b" [ 1 ] "])
+def test_a_delta_that_is_no_object_costs_the_answer_nothing_else(odd: bytes) -> None:
+    assert merge_deltas([Raw(odd)]) == {}
+    assert merge_deltas([Raw(odd), raw({"role": "a"}), Raw(odd)]) == {"role": Raw(b'"a"')}
+    ask = Ask(endpoint=Endpoint.CHAT, body=b"{}")
+    stream = AnswerStream(ask, id="r", model="m", created_s=1)
+    assert b'"content":"hi"' in stream.added([ChoiceDelta(text="hi", deltas=(Raw(odd),))])
+
+
 def test_deltas_join_by_index_and_their_text_grows() -> None:
     call = {"index": 0, "id": "a", "type": "function"}
     deltas = [
