@@ -222,7 +222,9 @@ class Dispatcher:
                 parameters=_parameters(settings),
                 rng=self._rng,
                 healthy_s=lambda: self.mirror.healthy.now_s,
+                now_s=state.clock.monotonic,
             )
+            state.window.longer_ms = scheduler.longer_ms
             shedder = Shedder(
                 state,
                 endings,
@@ -293,9 +295,11 @@ class Dispatcher:
 
 def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
     return SchedulingParameters(
-        work_weight=settings.work_weight,
-        held_s=settings.held_s,
-        lambda_kv_s=settings.lambda_kv_s,
+        stall_weight=settings.stall_weight,
+        burst_weight=settings.burst_weight,
+        tpot_slo_s=settings.tpot_slo_ms / 1000,
+        pressure_s=settings.pressure_s,
+        size_weight=settings.size_weight,
         near_tie=settings.near_tie,
         sampled=settings.candidates,
         lookahead_min_s=settings.lookahead_min_s,

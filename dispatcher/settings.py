@@ -56,14 +56,20 @@ class DispatcherSettings(AccessSettings):
     isolate_tenants: bool = Field(
         default=False, description="keep each tenant's cached prompts from the others, by a salt"
     )
-    work_weight: float = Field(
-        default=3.0, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
+    stall_weight: float = Field(
+        default=2.0, ge=0, le=1000, description="weight of the stall that a prompt is to answers under way"
     )
-    held_s: float = Field(
-        default=0.05, ge=0, le=10, description="seconds that each request which a node holds already counts"
+    burst_weight: float = Field(
+        default=1.0, ge=0, le=1000, description="weight of the long prompts that a node had of late"
     )
-    lambda_kv_s: float = Field(
-        default=0.15, ge=0, le=10, description="weight of KV pressure k/(1-k), seconds"
+    tpot_slo_ms: float = Field(
+        default=50.0, ge=1, le=60_000, description="time per token after the first that users accept, ms"
+    )
+    pressure_s: float = Field(
+        default=0.15, ge=0, le=10, description="weight of a node's fullness k/(1-k), seconds"
+    )
+    size_weight: float = Field(
+        default=10.0, ge=0, le=1000, description="a turn comes so many times its own prefill later"
     )
     near_tie: float = Field(
         default=0.05, ge=0, le=1, description="share within which predictions count as equal"
@@ -72,7 +78,7 @@ class DispatcherSettings(AccessSettings):
         default=16, ge=1, le=1000, description="random nodes looked at besides holders of the prefix"
     )
     lookahead_min_s: float = Field(
-        default=0.05, ge=0.001, le=10, description="least predicted work queued at a node, seconds"
+        default=0.3, ge=0.001, le=10, description="least predicted work queued at a node, seconds"
     )
     lookahead_max_s: float = Field(
         default=2.0, ge=0.001, le=60, description="most predicted work queued at a node, seconds"

@@ -156,7 +156,7 @@ def _behaviour(*keys: str, why: str, skip: tuple[object, ...] = ()) -> tuple[Row
 _BATCHES = "engines batch by themselves here (continuous batching); no batch is formed before them"
 _BOUNDED = "nodes hold little work and the rest waits in Kafka; see lookahead_max_s and window_requests"
 _THREADS = "there are no thread pools to size"
-_LEARNED = "the cost of a prefill is learned from each node; see policy and lambda_kv_s"
+_LEARNED = "the cost of a prefill is learned from each node; see policy and pressure_s"
 _ENDPOINTS = ("prefill", "decode", "vit", "pd_fusion")
 _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "vit": Role.VIT, "pd_fusion": Role.FUSED}
 

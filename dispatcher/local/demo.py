@@ -221,9 +221,10 @@ def _settings(base: StackSettings, plan: Plan) -> StackSettings:
     """A stack of the plan's engines. What the scheduler weighs in seconds goes by the engines' clock."""
     scaled = SchedulingParameters()
     flags: list[str] = []
-    for name in ("lambda_kv_s", "lookahead_min_s", "lookahead_max_s"):
+    for name in ("pressure_s", "lookahead_min_s", "lookahead_max_s"):
         value = max(0.001, getattr(scaled, name) * plan.time_scale)
         flags += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    flags += ["--tpot-slo-ms", f"{1000 * scaled.tpot_slo_s * plan.time_scale:g}"]
     return replace(
         base,
         nodes=plan.nodes,

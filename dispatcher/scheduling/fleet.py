@@ -12,9 +12,10 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
 from dispatcher.scheduling.breaker import Breaker
-from dispatcher.scheduling.predictor import Predictor
+from dispatcher.scheduling.predictor import AnswerLength, Predictor, PrefillShape
 
 LOOKAHEAD_SHARE = 0.125
 """Requests bound beyond an engine's running slots, as a share of them; at least one."""
@@ -22,6 +23,8 @@ STALE_S = 1.5
 """Reports come at least every second: one that is this old may hide load."""
 FIRST_SERVICE_S = 5.0
 """How long a request is taken to hold its slot before any was seen to end."""
+BURST_S = 20.0
+"""How long prompts bound to a node are remembered for what its next ones will be like."""
 FULL = 0.99
 """KV use beyond which a node counts as full: the pressure term stays finite."""
 
@@ -33,6 +36,15 @@ class _Unseen:
     uncached_tokens: int
     number: int
     bound_s: float
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A prompt that a node has yet to compute, with what that is predicted to take."""
+
+    uncached_tokens: int
+    number: int
+    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -55,12 +67,27 @@ class NodeState:
     unseen: dict[str, _Unseen] = field(default_factory=dict)
     unseen_tokens: int = 0
     predictor: Predictor = field(default_factory=Predictor)
+    answers: AnswerLength = field(default_factory=AnswerLength)
     breaker: Breaker = field(default_factory=Breaker)
     suspect: str = ""
     feedback_s: float = 0.02
     service_s: float = FIRST_SERVICE_S
     chosen: int = 0
     _since: dict[str, float] = field(default_factory=dict)
+    _prefills: dict[str, _Prefill] = field(default_factory=dict)
+    _prefill_s: float = 0.0
+    _prefill_tokens: int = 0
+    _head_since_s: float = 0.0
+    _squares: float = 0.0
+    _squares_at_s: float = 0.0
+
+    def burst_s(self, now_s: float) -> float:
+        """Seconds of prefill that one who comes at any moment is to find before it, by the last ones bound.
+
+        The rate of prompts times the mean square of their prefills: twice the mean wait of M/G/1
+        (Pollaczek-Khinchine), so that one long prompt counts for more than many short ones of the same work.
+        """
+        return self._squares * math.exp((self._squares_at_s - now_s) / BURST_S) / BURST_S
 
     @property
     def name(self) -> str:
@@ -83,14 +110,30 @@ class NodeState:
         return self.report is None or (self.report.engine_ok and not self.report.draining)
 
     @property
+    def decoding(self) -> int:
+        """How many of its requests are past their prompts, as far as it told: a new prompt stalls them."""
+        return max(0, len(self.held) - len(self._prefills))
+
+    @property
     def has_slot(self) -> bool:
         """Whether it may hold one more request."""
         return len(self.held) < self.request_bound
 
-    def fits(self, cost_tokens: int) -> bool:
+    def expected_tokens(self, envelope: Envelope) -> int:
+        """KV that a request is expected to need: its prompt, and an answer as long as they are by experience.
+
+        Clients allow far more than answers have; reserving that would leave most of the cache unused. When
+        answers are longer than they were, the engine preempts.
+        """
+        return envelope.prompt_tokens + self.answers.expected(envelope.max_tokens)
+
+    def fits(self, tokens: int) -> bool:
         """Whether its KV cache can hold one more. An idle node may always try what fits its context."""
         capacity = self.identity.kv_total_tokens
-        return not capacity or not self.held or self.held_tokens + cost_tokens <= capacity
+        if not capacity or not self.held:
+            return True
+        used = self.report.kv_used_tokens + self.unseen_tokens if self.report is not None else 0
+        return max(self.held_tokens, used) + tokens <= capacity
 
     @property
     def slot_wait_s(self) -> float:
@@ -103,6 +146,23 @@ class NodeState:
         reported = self.report.queued_uncached_tokens if self.report is not None else 0
         return reported + self.unseen_tokens
 
+    def queued_s(self, now_s: float) -> float:
+        """Predicted seconds until it has computed the prompts it has, less what the first had already.
+
+        Tokens that it reports and we did not bind (a new leader knows no more of them) count by the token.
+        """
+        seconds = self._prefill_s
+        if self._prefills:
+            head = next(iter(self._prefills.values()))
+            # A report may be as late as the feedback's way: the first may be done, and the next begun.
+            done_s = min(now_s - self._head_since_s, head.seconds + self.feedback_s)
+            seconds = max(0.0, seconds - max(0.0, done_s))
+        if self.report is not None:
+            unknown = self.report.queued_uncached_tokens + self.unseen_tokens - self._prefill_tokens
+            if unknown > 0:
+                seconds += unknown * self.predictor.cost.token_s
+        return seconds
+
     @property
     def kv_share(self) -> float:
         """How much of its KV cache running requests use, from 0 to `FULL`; 0 when unknown."""
@@ -113,6 +173,11 @@ class NodeState:
         if self.identity.kv_total_tokens:
             return min(FULL, self.held_tokens / self.identity.kv_total_tokens)
         return 0.0
+
+    @property
+    def fullness(self) -> float:
+        """How much of what it may hold it holds, in KV cache or requests, from 0 to `FULL`."""
+        return max(self.kv_share, min(FULL, len(self.held) / self.request_bound))
 
     def longest_prompt(self) -> int:
         """The longest prompt it can hold, in tokens."""
@@ -129,6 +194,28 @@ class NodeState:
             if one.number and one.number <= report.seen_seq:
                 self.feedback_s += 0.1 * (max(0.0, now_s - one.bound_s) - self.feedback_s)
                 self._see(ref)
+        self._advance(report, now_s)
+
+    def _advance(self, report: NodeReport, now_s: float) -> None:
+        """Prompts are computed in the order they came: what is not queued any more is the head."""
+        covered = sum(
+            one.uncached_tokens for one in self._prefills.values() if 0 < one.number <= report.seen_seq
+        )
+        for ref, one in list(self._prefills.items()):
+            if covered <= report.queued_uncached_tokens or not 0 < one.number <= report.seen_seq:
+                break
+            covered -= one.uncached_tokens
+            self._computed(ref, now_s)
+
+    def _computed(self, ref: str, now_s: float) -> None:
+        one = self._prefills.get(ref)
+        if one is None:
+            return
+        if ref == next(iter(self._prefills)):
+            self._head_since_s = now_s
+        del self._prefills[ref]
+        self._prefill_s = self._prefill_s - one.seconds if self._prefills else 0.0
+        self._prefill_tokens -= one.uncached_tokens
 
     def _see(self, ref: str) -> None:
         one = self.unseen.pop(ref, None)
@@ -139,18 +226,29 @@ class NodeState:
         """Forget what an earlier leader's session counted."""
         self.held, self.held_tokens, self.admitted = {}, 0, False
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
+        self._prefills, self._prefill_s, self._prefill_tokens = {}, 0.0, 0
         self.breaker.probe = self.suspect = ""
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
         self.held, self.held_tokens, self._since = known.held, known.held_tokens, known._since
         self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
+        self._prefills, self._prefill_s = known._prefills, known._prefill_s
+        self._prefill_tokens, self._head_since_s = known._prefill_tokens, known._head_since_s
         self.suspect = known.suspect
         self.predictor, self.service_s = known.predictor, known.service_s
         self.breaker = known.breaker
         self.breaker.renewed()
 
-    def reserve(self, ref: str, cost_tokens: int, uncached_tokens: int, number: int, now_s: float) -> None:
+    def reserve(
+        self,
+        ref: str,
+        cost_tokens: int,
+        uncached_tokens: int,
+        number: int,
+        now_s: float,
+        prefill_s: float = 0.0,
+    ) -> None:
         """Count a request here."""
         if ref in self.held:
             return
@@ -161,6 +259,13 @@ class NodeState:
         if uncached_tokens:
             self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
             self.unseen_tokens += uncached_tokens
+            if not self._prefills:
+                self._head_since_s = now_s
+            self._squares = self._squares * math.exp((self._squares_at_s - now_s) / BURST_S) + prefill_s**2
+            self._squares_at_s = now_s
+            self._prefills[ref] = _Prefill(uncached_tokens, number, prefill_s)
+            self._prefill_s += prefill_s
+            self._prefill_tokens += uncached_tokens
 
     def release(self, ref: str, now_s: float) -> None:
         """Stop counting it."""
@@ -172,9 +277,12 @@ class NodeState:
         if self.suspect == ref:
             self.suspect = ""
         self._see(ref)
+        self._computed(ref, now_s)
 
     def note_number(self, ref: str, number: int) -> None:
         """Note an assignment's number, by which reports tell what they cover."""
+        if ref in self._prefills:
+            self._prefills[ref].number = number
         if ref not in self.unseen:
             return
         self.unseen[ref].number = number
@@ -188,13 +296,22 @@ class Fleet:
     def __init__(self) -> None:
         self.nodes: dict[str, NodeState] = {}
         self._by_model: dict[str, list[NodeState]] = {}
+        self._shapes: dict[tuple[str, ...], PrefillShape] = {}
+        self._answers: dict[tuple[str, ...], AnswerLength] = {}
         self.version = 0
         self.cordons: dict[str, Wish] = {}
 
     def admit(self, identity: NodeIdentity, now_s: float) -> NodeState:
         """Enter a node, or replace its incarnation; what it holds is kept for the leader to move."""
         known = self.nodes.get(identity.node)
-        node = NodeState(identity=identity, last_heard_s=now_s, cordoned=identity.node in self.cordons)
+        shape = self._shapes.setdefault(identity.models, PrefillShape())
+        node = NodeState(
+            identity=identity,
+            last_heard_s=now_s,
+            cordoned=identity.node in self.cordons,
+            predictor=Predictor(shape),
+            answers=self._answers.setdefault(identity.models, AnswerLength()),
+        )
         if known is not None:
             node.take_over(known)
         self.nodes[identity.node] = node
@@ -234,6 +351,7 @@ class Fleet:
         cost_tokens: int,
         *,
         uncached_tokens: int = 0,
+        prefill_s: float = 0.0,
         number: int = 0,
         now_s: float = 0.0,
         is_suspect: bool = False,
@@ -247,7 +365,7 @@ class Fleet:
         """
         node = self.nodes.get(name)
         if node is not None:
-            node.reserve(ref, cost_tokens, uncached_tokens, number, now_s)
+            node.reserve(ref, cost_tokens, uncached_tokens, number, now_s, prefill_s)
             if is_suspect:
                 node.suspect = ref
 

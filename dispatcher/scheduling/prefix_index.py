@@ -259,6 +259,11 @@ class PrefixIndex:
                 names += [self._names[one] for one in drawn if match.nodes >> one & 1][:wanted]
         return names
 
+    @property
+    def has_slower(self) -> bool:
+        """Whether any block is known in a tier slower than the GPU."""
+        return any(self._slower.values())
+
     def slower_blocks(self, node: str, blocks: Sequence[bytes]) -> dict[Medium, int]:
         """How many of `blocks` a node holds in tiers slower than the GPU."""
         number = self._numbers.get(node)

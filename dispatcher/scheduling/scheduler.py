@@ -43,26 +43,34 @@ LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulingParameters:
-    """How `prefill_cost` weighs.
+    """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.
 
     Args:
-        work_weight: seconds that a second of a request's own prefill counts besides its own: it delays all
-            who come after it on the node, so that a cached prefix is worth more than its own wait.
-        held_s: seconds that each request which a node holds already counts: they decode beside the new one,
-            for longer than its prefill, and each slows every step.
-        lambda_kv_s: seconds that KV use k costs, times k/(1-k).
+        stall_weight: what a whole answer's worth of stall costs. While a node computes a prompt, all that
+            decode there stand still: for each of them, the prefill counts times its share of what an answer
+            may take (its mean length x `tpot_slo_s`). It grows with the square of the prefill: short
+            prompts go anywhere, long ones where few decode.
+        burst_weight: what the prompts that a node had of late cost one who would decode there
+            (`NodeState.burst_s`): it keeps short ones away from where the long ones go.
+        tpot_slo_s: seconds per token after the first that users accept.
+        pressure_s: seconds that a node's fullness k costs, times k/(1-k): of its KV cache, or of what it may
+            hold.
+        size_weight: a request's turn comes so many times its own prefill later, as if it had come later:
+            short ones needn't wait behind long ones, which wait no longer than in proportion.
         near_tie: share of the best prediction within which nodes count as equal.
         sampled: random nodes looked at besides the holders of the prefix.
         lookahead_min_s, lookahead_max_s: bounds of the predicted work that a node may have queued.
         block_size: tokens of a routing block.
     """
 
-    work_weight: float = 3.0
-    held_s: float = 0.05
-    lambda_kv_s: float = 0.15
+    stall_weight: float = 2.0
+    burst_weight: float = 1.0
+    tpot_slo_s: float = 0.05
+    pressure_s: float = 0.15
+    size_weight: float = 10.0
     near_tie: float = 0.05
     sampled: int = 16
-    lookahead_min_s: float = 0.05
+    lookahead_min_s: float = 0.3
     lookahead_max_s: float = 2.0
     block_size: int = BLOCK_TOKENS
 
@@ -137,6 +145,7 @@ class Scheduler:
         parameters: SchedulingParameters | None = None,
         rng: random.Random,
         healthy_s: Callable[[], float] = lambda: 0.0,
+        now_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.fleet = fleet
         self.index = index
@@ -145,6 +154,7 @@ class Scheduler:
         self._asks_for_room = policy in ASKS_FOR_ROOM
         self._rng = rng
         self._healthy_s = healthy_s
+        self._now_s = now_s
         self._turn = 0
         self._chooses_for_suspect = False
 
@@ -159,10 +169,34 @@ class Scheduler:
         self._chooses_for_suspect = is_suspect
         return self._policy(self, envelope, excluded, planned)
 
+    def longer_ms(self, envelope: Envelope) -> int:
+        """How much later than its age a request's turn comes, for the prefill that it takes: milliseconds."""
+        weight = self.parameters.size_weight
+        serving = self.fleet.serving(envelope.model)
+        if not weight or not serving:
+            return 0
+        matches = self.matches(envelope)
+        node, blocks = serving[self._rng.randrange(len(serving))], 0
+        for name in self.index.holders(matches, 1, self._rng):
+            if name in self.fleet.nodes:
+                node = self.fleet.nodes[name]
+                blocks = self.index.depth(matches, name)
+        seconds = self.prefill_s(node, envelope, self.hit_tokens(node, envelope, blocks), blocks)
+        return int(1000 * weight * seconds)
+
     def has_room(self, model: str) -> bool:
         """Whether any node of `model` might be bound to now."""
-        slots = self._asks_for_room
-        return any(node.is_eligible and (not slots or node.has_slot) for node in self.fleet.serving(model))
+        nodes = self.fleet.serving(model)
+        if not self._asks_for_room:
+            return any(node.is_eligible for node in nodes)
+        late = self._policy is prefill_cost
+        now_s = self._now_s()
+        return any(
+            node.is_eligible
+            and node.has_slot
+            and (not late or node.queued_s(now_s) <= self.lookahead_s(node))
+            for node in nodes
+        )
 
     def capacity(self, model: str) -> Capacity:
         """The nodes of `model` that take work, and the share of them that are busy (of many, sampled)."""
@@ -175,7 +209,7 @@ class Scheduler:
         """Whether a node is known to have all that it may hold; one that told nothing is not."""
         if node.report is None:
             return False
-        queued_s = node.queued_tokens * node.predictor.cost.token_s
+        queued_s = node.queued_s(self._now_s())
         return not node.has_slot or queued_s > self.lookahead_s(node) or node.kv_share >= FULL
 
     # What policies are made of
@@ -195,10 +229,11 @@ class Scheduler:
 
     def queued_s(self, node: NodeState, model: str) -> float:
         """Predicted seconds of the prefill work that a node has before a new request."""
-        tokens = node.queued_tokens
+        seconds = node.queued_s(self._now_s())
         if self.is_stale(node):
-            tokens = max(tokens, self.fleet.stale_tokens(model, self._healthy_s()) + node.unseen_tokens)
-        return tokens * node.predictor.cost.token_s
+            tokens = self.fleet.stale_tokens(model, self._healthy_s()) + node.unseen_tokens
+            seconds = max(seconds, tokens * node.predictor.cost.token_s)
+        return seconds
 
     def is_stale(self, node: NodeState) -> bool:
         """Whether a node's last report is too old to be believed alone."""
@@ -214,7 +249,7 @@ class Scheduler:
         """Predicted seconds of the request's own prefill, loading from slower tiers included."""
         cost = node.predictor.cost
         seconds = cost.seconds(envelope.prompt_tokens - hit_tokens, hit_tokens)
-        if hit_tokens and blocks:
+        if hit_tokens and blocks and self.index.has_slower:
             held = blocks_of(envelope.block_hashes)[:blocks]
             block = envelope.block_size or self.parameters.block_size
             for medium, count in self.index.slower_blocks(node.name, held).items():
@@ -277,6 +312,11 @@ class Scheduler:
         return self._turn
 
     @property
+    def now_s(self) -> float:
+        """Monotonic seconds, by which what nodes have to compute counts down."""
+        return self._now_s()
+
+    @property
     def rng(self) -> random.Random:
         """Chance."""
         return self._rng
@@ -297,34 +337,45 @@ def _serves(node: NodeState, envelope: Envelope) -> bool:
 def prefill_cost(
     scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
 ) -> Choice | None:
-    """Least predicted time to the first token, own work counting for more, and the company least dear."""
+    """Least predicted time to the first token, and least harm to those who decode."""
     matches = scheduler.matches(envelope)
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
         return None
     parameters = scheduler.parameters
+    now_s, rng = scheduler.now_s, scheduler.rng
+    burst_weight, pressure_s = parameters.burst_weight, parameters.pressure_s
+    depth = scheduler.index.depth
     scored = []
     best = float("inf")
     for node in nodes:
-        blocks = scheduler.index.depth(matches, node.name)
-        hit = scheduler.hit_tokens(node, envelope, blocks)
-        wait_s = scheduler.queued_s(node, envelope.model)
-        if not (node.has_slot and node.fits(envelope.cost_tokens)):
-            wait_s += node.slot_wait_s
+        blocks = depth(matches, node.name) if matches else 0
+        hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
         prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
-        k = node.kv_share
-        work_s = prefill_s * (1 + parameters.work_weight)
-        crowd_s = parameters.held_s * len(node.held) + parameters.lambda_kv_s * k / (1 - k)
-        total = wait_s + planned.get(node.name, 0.0) + work_s + crowd_s
+        wait_s = scheduler.queued_s(node, envelope.model)
+        if not (node.has_slot and node.fits(node.expected_tokens(envelope))):
+            wait_s += node.slot_wait_s
+        answer_s = parameters.tpot_slo_s * node.answers.expected(envelope.max_tokens)
+        stall_s = node.decoding * prefill_s * prefill_s / answer_s
+        k = node.fullness
+        total = (
+            wait_s
+            + planned.get(node.name, 0.0)
+            + prefill_s
+            + parameters.stall_weight * stall_s
+            + burst_weight * node.burst_s(now_s)
+            + pressure_s * k / (1 - k)
+        )
         scored.append((total, hit, wait_s, prefill_s, node))
-        best = min(best, total)
+        if total < best:
+            best = total
     near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]
     most_cached = max(one[1] for one in near)
     near = [one for one in near if one[1] == most_cached]
-    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[scheduler.rng.randrange(len(near))]
+    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[rng.randrange(len(near))]
     room = (
         node.has_slot
-        and node.fits(envelope.cost_tokens)
+        and node.fits(node.expected_tokens(envelope))
         and not planned.get(node.name)
         and wait_s <= scheduler.lookahead_s(node)
     )
@@ -347,7 +398,7 @@ def least_outstanding_tokens(
     nodes = scheduler.eligible(envelope, excluded)
     if not nodes:
         return None
-    roomy = [node for node in nodes if node.has_slot and node.fits(envelope.cost_tokens)]
+    roomy = [node for node in nodes if node.has_slot and node.fits(node.expected_tokens(envelope))]
     loads = [node.held_tokens / node.identity.max_running for node in roomy or nodes]
     least = min(loads)
     tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]

@@ -1,8 +1,8 @@
 """The window: envelopes read from the log or put back to pending, waiting to be bound.
 
-Ordered by priority, then deadline, then age, per lane and model, so that a model without capacity
-holds up nobody else. Interactive requests go first; batch gets spare capacity and one bind in
-twenty of each model, and a batch request older than its longest wait competes as interactive.
+Ordered by priority, then deadline (put off for long prompts), then age, per lane and model, so that a model
+without capacity holds up nobody else. Interactive requests go first; batch gets spare capacity and one bind
+in twenty of each model, and a batch request older than its longest wait competes as interactive.
 Each lane has a share of the window of its own, so that a backlog of one keeps nobody from reading the other.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
@@ -28,6 +28,8 @@ MOST_PARKED = 256
 """How many heads that no eligible node could ever take are put aside in a round."""
 PARK_MS = 1000
 """After this time they are looked at again: nodes may have come."""
+PUT_OFF_SHARE = 0.25
+"""A long prompt is put off by this share of the time it has at most, so that it isn't put off to its end."""
 FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
 OWED, ORDINARY, SPARE = range(3)
@@ -58,7 +60,7 @@ class Waiting:
 
 
 Order = tuple[int, int, int, int, int, str]
-"""(urgent first, -priority, deadline, append time, sequence, ref)"""
+"""(urgent first, -priority, deadline put off for its prefill, append time, sequence, ref)"""
 
 
 @dataclass(kw_only=True)
@@ -74,9 +76,12 @@ class Window:
 
     Args:
         max_batch_wait_ms: a batch request that waited longer competes as interactive.
+
+    `longer_ms` tells how much later than its deadline says a request's turn comes.
     """
 
     def __init__(self, *, max_batch_wait_ms: int = 3_600_000) -> None:
+        self.longer_ms: Callable[[Envelope], int] = lambda envelope: 0
         self._waiting: dict[str, Waiting] = {}
         self._queues: dict[tuple[Lane, str], list[Order]] = {}
         self._urgent: set[str] = set()
@@ -145,11 +150,15 @@ class Window:
         return (
             urgent,
             -envelope.priority,
-            envelope.deadline_at_ms,
+            envelope.deadline_at_ms + min(self.longer_ms(envelope), self._most_longer_ms(envelope)),
             envelope.appended_ms,
             self._sequence,
             envelope.ref,
         )
+
+    @staticmethod
+    def _most_longer_ms(envelope: Envelope) -> int:
+        return int(PUT_OFF_SHARE * max(0, envelope.deadline_at_ms - envelope.appended_ms))
 
     def _count(self, waiting: Waiting, change: int) -> None:
         lane, envelope = waiting.ref.lane, waiting.envelope

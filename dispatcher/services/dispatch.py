@@ -58,7 +58,12 @@ class Dispatch:
                 break
             waiting, choice = found
             bound = self._bind(waiting, choice)
-            state.bind(waiting.envelope.ref, bound, uncached_tokens=choice.uncached_tokens)
+            state.bind(
+                waiting.envelope.ref,
+                bound,
+                uncached_tokens=choice.uncached_tokens,
+                prefill_s=choice.prefill_s,
+            )
             chosen.append((waiting, choice, bound))
         state.window.end_round(round)
         state.metrics.waits_for_holder.set(sum(map(len, round.passed.values())))

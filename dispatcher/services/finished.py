@@ -69,6 +69,8 @@ def _learn(state: LeaderState, line: _Line) -> None:
     node = state.fleet.nodes.get(line.node)
     if node is not None and node.breaker.succeeded():
         state.log.info("node trusted again", node=node.name)
+    if node is not None:
+        node.answers.observe(usage.completion_tokens)
     if node is not None and line.timing.prefill_us:
         uncached = usage.prompt_tokens - usage.cached_tokens
         node.predictor.observe(uncached, usage.cached_tokens, line.timing.prefill_us / 1e6)

@@ -116,7 +116,15 @@ class LeaderState:
             self.deadlines = [entry for entry in self.deadlines if entry[1] in self._identity_of]
             heapq.heapify(self.deadlines)
 
-    def bind(self, ref: str, bound: Bound, *, uncached_tokens: int = 0, number: int = 0) -> None:
+    def bind(
+        self,
+        ref: str,
+        bound: Bound,
+        *,
+        uncached_tokens: int = 0,
+        prefill_s: float = 0.0,
+        number: int = 0,
+    ) -> None:
         """Note a request at a node: its capacity is taken, its blocks will be cached there.
 
         Args:
@@ -126,11 +134,13 @@ class LeaderState:
         self.bound[ref] = bound
         envelope, node = bound.envelope, bound.job.node
         self._know(envelope)
+        known = self.fleet.nodes.get(node)
         self.fleet.reserve(
             node,
             ref,
-            envelope.cost_tokens,
+            known.expected_tokens(envelope) if known is not None else envelope.cost_tokens,
             uncached_tokens=uncached_tokens,
+            prefill_s=prefill_s,
             number=number,
             now_s=self.clock.monotonic(),
             is_suspect=bool(bound.crashed),

@@ -125,8 +125,14 @@ class LiveRouter:
             self._parameters if self._parameters is not None else SchedulingParameters(block_size=block)
         )
         self._scheduler = Scheduler(
-            self.state.fleet, self.state.index, policy=self._policy, parameters=parameters, rng=fleet.rng
+            self.state.fleet,
+            self.state.index,
+            policy=self._policy,
+            parameters=parameters,
+            rng=fleet.rng,
+            now_s=clock.monotonic,
         )
+        self.state.window.longer_ms = self._scheduler.longer_ms
         outputs = sorted(turn.output_tokens for session in fleet.workload.sessions for turn in session)
         # What clients allow: no router knows how long an answer will be.
         self._max_tokens = outputs[int(0.99 * (len(outputs) - 1))]
@@ -202,6 +208,7 @@ class LiveRouter:
                     envelope=waiting.envelope, job=job, failures=0, excluded=(), hit_tokens=choice.hit_tokens
                 ),
                 uncached_tokens=choice.uncached_tokens,
+                prefill_s=choice.prefill_s,
             )
             agent = self._agents[self._numbers[name]]
             agent.assigned += 1
@@ -308,6 +315,7 @@ class LiveRouter:
         self.state.unbind(ref, answered=True)
         self.state.forget(ref)
         del self._arrivals[ref]
+        self._agents[node].state.answers.observe(arrival.output_tokens)
         if held.prefill_s:
             self._agents[node].state.predictor.observe(
                 arrival.prompt_tokens - held.cached_tokens, held.cached_tokens, held.prefill_s

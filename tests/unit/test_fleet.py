@@ -267,7 +267,7 @@ def test_ours_finds_the_caches_and_the_ledger_is_empty_in_the_end() -> None:
     ours = LiveRouter()
     result = simulate(chatter(400), ours)
     blind = simulate(chatter(400), LiveRouter("random"))
-    assert result.cached_tokens > 1.2 * blind.cached_tokens
+    assert result.cached_tokens > 1.1 * blind.cached_tokens
     assert sum(result.ttft_s) < sum(blind.ttft_s)
     state = ours.state
     last = [node for node in state.fleet.nodes.values() if node.held]

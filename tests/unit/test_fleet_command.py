@@ -226,7 +226,7 @@ def test_wrong_use_is_told(arguments: list[str], said: str, capsys: pytest.Captu
 
 def test_our_constants_can_be_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
-    arguments = ["--policy", "flexlb", "--policy", "flexlb:work_weight=0.0,sampled=2", "--rate", "4"]
+    arguments = ["--policy", "flexlb", "--policy", "flexlb:stall_weight=0.0,sampled=2", "--rate", "4"]
     assert main([*SHORT, *arguments, "--json", str(path)]) == 0
     ours, other = json.loads(path.read_text())["runs"]
     assert ours["ttft_ms"] != other["ttft_ms"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.scheduling.predictor import START, Predictor, PrefillCost
+from dispatcher.scheduling.predictor import START, Predictor, PrefillCost, PrefillShape
 
 TRUE = PrefillCost(fixed_s=0.02, token_s=2.5e-5, attention_s=4e-10)
 
@@ -76,4 +76,4 @@ def test_no_observation_makes_a_prediction_absurd(seen: list[tuple[int, int, flo
 
 def test_before_any_prefill_it_says_what_it_was_given() -> None:
     assert Predictor().cost == START
-    assert Predictor(TRUE).cost == TRUE
+    assert Predictor(PrefillShape(TRUE)).cost == TRUE

@@ -12,11 +12,11 @@ OLD = DispatcherSettings()
 
 
 def test_what_may_change_counts_and_the_rest_stays() -> None:
-    new = OLD.model_copy(update={"work_weight": 1.0, "pool": "other", "redis_ca_file": "x"})
+    new = OLD.model_copy(update={"stall_weight": 1.0, "pool": "other", "redis_ca_file": "x"})
     renewal = renew(OLD, new, fixed=NEEDS_RESTART)
-    assert renewal.changed == ("work_weight",)
+    assert renewal.changed == ("stall_weight",)
     assert set(renewal.waiting) == {"pool", "redis_ca_file"}
-    assert renewal.settings == OLD.model_copy(update={"work_weight": 1.0})
+    assert renewal.settings == OLD.model_copy(update={"stall_weight": 1.0})
 
 
 def test_nothing_changed() -> None:

@@ -12,7 +12,7 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
 from dispatcher.scheduling.breaker import FAILURES, LONGEST_PROBATION_S
 from dispatcher.scheduling.fleet import Fleet, NodeState
-from dispatcher.scheduling.predictor import Predictor, PrefillCost
+from dispatcher.scheduling.predictor import Predictor, PrefillCost, PrefillShape
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.scheduler import (
     ALL_LOOKED_AT,
@@ -55,6 +55,7 @@ class Scene:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.healthy_s = 0.0
+        self.now_s = 0.0
         for number in range(count):
             self.add(f"n{number}")
         self.scheduler = Scheduler(
@@ -62,10 +63,11 @@ class Scene:
             self.index,
             policy=policy,
             parameters=SchedulingParameters(
-                **{"near_tie": 0.0, "work_weight": 0.0, "held_s": 0.0, **parameters}
+                **{"near_tie": 0.0, "stall_weight": 0.0, "burst_weight": 0.0, "pressure_s": 0.0, **parameters}
             ),
             rng=random.Random(5),
             healthy_s=lambda: self.healthy_s,
+            now_s=lambda: self.now_s,
         )
 
     def add(self, name: str, **identity: Any) -> NodeState:
@@ -75,7 +77,7 @@ class Scene:
             0.0,
         )
         node.admitted = True
-        node.predictor = Predictor(COST)
+        node.predictor = Predictor(PrefillShape(COST))
         return node
 
     def report(self, name: str, **fields: Any) -> None:
@@ -113,37 +115,51 @@ def test_a_holder_is_left_for_an_idle_node_once_its_queue_costs_more_than_the_ca
     assert scene.choose(prompt).node.name == "n0"
 
 
-def test_what_a_prompt_costs_others_keeps_it_at_its_holder_for_longer() -> None:
-    # The cache saves 1,024 tokens: worth their own time once, and once more with a weight of one.
-    scene = Scene(2, work_weight=1.0)
-    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
-    prompt = request(1, 2, 3, 4)
-    scene.report("n1", queued_uncached_tokens=2_000)
-    assert scene.choose(prompt).node.name == "n1"
-    scene.report("n1", queued_uncached_tokens=2_100)
-    assert scene.choose(prompt).node.name == "n0"
+def decoding(scene: Scene, name: str, count: int) -> None:
+    """Requests whose prompts are computed: reports cover them."""
+    for number in range(count):
+        scene.fleet.reserve(name, f"{name} {number}", 10)
 
 
-def test_of_equal_nodes_the_less_crowded_is_chosen_until_its_queue_costs_more() -> None:
-    scene = Scene(2, held_s=0.05)
-    for number in range(3):
-        # Reports cover them, and their prompts are computed: they only decode.
-        scene.fleet.reserve("n0", f"r{number}", 10)
+def test_a_long_prompt_goes_where_fewest_decode_and_a_short_one_to_its_holder() -> None:
+    scene = Scene(2, stall_weight=2.5, tpot_slo_s=0.05)
+    for node in scene.fleet.nodes.values():
+        node.answers.observe(100)
+    decoding(scene, "n1", 4)
+    scene.index.store("n1", Medium.GPU, blocks(1))
+    # The cache saves 26 ms. Four stalls of 5 s answers: 4 x 0.01 s x 0.01 s / 5 s x 2.5, or of two seconds.
     assert scene.choose(request(1)).node.name == "n1"
-    scene.report("n1", queued_uncached_tokens=1_400)
+    assert scene.choose(request(1, extra_tokens=20_000)).node.name == "n0"
+
+
+def test_short_prompts_keep_away_from_where_long_ones_went() -> None:
+    scene = Scene(2, burst_weight=1.0)
+    scene.fleet.reserve("n0", "long", 10, uncached_tokens=20_000, number=1, prefill_s=2.0)
+    scene.report("n0", seen_seq=1)
+    assert scene.fleet.nodes["n0"].decoding == 1, "it is computed"
+    scene.report("n1", queued_uncached_tokens=1_500)
+    assert scene.fleet.nodes["n0"].burst_s(0.0) == pytest.approx(4 / 20)
     assert scene.choose(request(1)).node.name == "n1"
-    scene.report("n1", queued_uncached_tokens=1_600)
+    scene.now_s = 30.0
+    assert scene.choose(request(1)).node.name == "n0", "that was long ago"
+
+
+def test_a_full_node_is_left_for_its_fullness() -> None:
+    scene = Scene(2, pressure_s=0.15)
+    decoding(scene, "n0", 5)
+    assert scene.choose(request(1)).node.name == "n1"
+    scene.report("n1", queued_uncached_tokens=1_800)
+    assert scene.choose(request(1)).node.name == "n1", "5 of 9: 0.1875 s"
+    scene.report("n1", queued_uncached_tokens=1_900)
     assert scene.choose(request(1)).node.name == "n0"
 
 
-def test_a_holder_is_left_once_its_company_costs_more_than_the_cache_saves() -> None:
-    # The cache saves 1,024 tokens: about a tenth of a second, as two others cost.
-    scene = Scene(2, held_s=0.06)
-    scene.index.store("n1", Medium.GPU, blocks(1, 2, 3, 4))
-    scene.fleet.reserve("n1", "r0", 10)
-    assert scene.choose(request(1, 2, 3, 4)).node.name == "n1"
-    scene.fleet.reserve("n1", "r1", 10)
-    assert scene.choose(request(1, 2, 3, 4)).node.name == "n0"
+def test_the_turn_of_a_request_comes_later_for_its_own_prefill() -> None:
+    scene = Scene(2, size_weight=10.0)
+    assert scene.scheduler.longer_ms(request(*range(40))) == pytest.approx(10_340, rel=0.1)
+    scene.index.store("n1", Medium.GPU, blocks(*range(40)))
+    assert scene.scheduler.longer_ms(request(*range(40))) < 500, "it is cached"
+    assert scene.scheduler.longer_ms(request(1, model="other")) == 0
 
 
 def test_a_request_waits_for_its_busy_holder_while_that_beats_computing_elsewhere() -> None:
@@ -240,7 +256,7 @@ def test_a_node_that_stopped_reporting_counts_as_its_peers_and_never_as_idle() -
 
 
 def test_kv_pressure_turns_requests_away() -> None:
-    scene = Scene(2)
+    scene = Scene(2, pressure_s=0.15)
     scene.report("n0", kv_used_tokens=90_000, kv_total_tokens=100_000)
     scene.report("n1", kv_used_tokens=10_000, kv_total_tokens=100_000)
     assert {scene.choose(request(1)).node.name for _ in range(20)} == {"n1"}

@@ -128,6 +128,20 @@ def test_priority_goes_before_deadline_before_age_before_arrival() -> None:
     assert Bench(fleet_of(node()), items).bind_all() == [5, 4, 3, 1, 2, 6]
 
 
+def test_a_long_prompt_lets_shorter_ones_pass_for_a_while_but_not_forever() -> None:
+    bench = Bench(fleet_of(node(max_model_len=2_000_000)), [])
+    bench.window.longer_ms = lambda envelope: envelope.prompt_tokens
+    for one in (
+        waiting(1, prompt_tokens=10_000, age_ms=5_000, deadline_ms=55_000),
+        waiting(2, prompt_tokens=100),
+        waiting(3, prompt_tokens=10_000, deadline_ms=1_000),
+        waiting(4, prompt_tokens=1_000_000, age_ms=30_000, deadline_ms=30_000),
+    ):
+        bench.window.push(one)
+    # By when they are due, put off: 55 + 10, 60 + 0.1, 1 + 0.25 (a quarter of what it has), 30 + 15 s.
+    assert bench.bind_all() == [3, 4, 2, 1]
+
+
 def test_a_request_read_far_behind_is_bound_next_when_it_matters_more() -> None:
     bench = Bench(fleet_of(node()), [waiting(n) for n in range(2_000)])
     bench.window.push(waiting(9_999, priority=90))
