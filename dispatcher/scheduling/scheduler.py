@@ -189,12 +189,11 @@ class Scheduler:
         nodes = self.fleet.serving(model)
         if not self._asks_for_room:
             return any(node.is_eligible for node in nodes)
-        late = self._policy is prefill_cost
+        if self._policy is not prefill_cost or len(nodes) > ALL_LOOKED_AT:
+            return any(node.is_eligible and node.has_slot for node in nodes)
         now_s = self._now_s()
         return any(
-            node.is_eligible
-            and node.has_slot
-            and (not late or node.queued_s(now_s) <= self.lookahead_s(node))
+            node.is_eligible and node.has_slot and node.queued_s(now_s) <= self.lookahead_s(node)
             for node in nodes
         )
 
@@ -355,7 +354,7 @@ def prefill_cost(
         wait_s = scheduler.queued_s(node, envelope.model)
         if not (node.has_slot and node.fits(node.expected_tokens(envelope))):
             wait_s += node.slot_wait_s
-        answer_s = parameters.tpot_slo_s * node.answers.expected(envelope.max_tokens)
+        answer_s = parameters.tpot_slo_s * max(1, node.answers.expected(envelope.max_tokens))
         stall_s = node.decoding * prefill_s * prefill_s / answer_s
         k = node.fullness
         total = (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.scheduling.predictor import START, Predictor, PrefillCost, PrefillShape
+from dispatcher.scheduling.predictor import START, AnswerLength, Predictor, PrefillCost, PrefillShape
 
 TRUE = PrefillCost(fixed_s=0.02, token_s=2.5e-5, attention_s=4e-10)
 
@@ -77,3 +77,26 @@ def test_no_observation_makes_a_prediction_absurd(seen: list[tuple[int, int, flo
 def test_before_any_prefill_it_says_what_it_was_given() -> None:
     assert Predictor().cost == START
     assert Predictor(PrefillShape(TRUE)).cost == TRUE
+
+
+def test_long_prompts_seen_by_one_node_teach_its_peers() -> None:
+    shape = PrefillShape()
+    rare, other = Predictor(shape), Predictor(shape)
+    rng = random.Random(3)
+    for _ in range(300):
+        other.observe(uncached := rng.randrange(50, 3_000), 0, TRUE.seconds(uncached, 0))
+        rare.observe(uncached := rng.randrange(50, 60_000), 0, 2 * TRUE.seconds(uncached, 0))
+    assert other.cost.seconds(50_000, 0) == pytest.approx(TRUE.seconds(50_000, 0), rel=0.15)
+    assert rare.cost.seconds(50_000, 0) == pytest.approx(2 * TRUE.seconds(50_000, 0), rel=0.1)
+
+
+def test_answers_are_as_long_as_they_were_and_no_longer_than_allowed() -> None:
+    answers = AnswerLength()
+    assert answers.expected(4_000) == 4_000
+    for tokens in (100, 0, 200, 300):
+        answers.observe(tokens)
+    assert answers.expected(4_000) == 200
+    assert answers.expected(50) == 50
+    for _ in range(5_000):
+        answers.observe(1_000)
+    assert answers.expected(4_000) == pytest.approx(1_000, abs=2)

@@ -375,3 +375,48 @@ def test_a_full_node_frees_a_slot_no_sooner_than_its_requests_end() -> None:
     choice = scene.choose(request(1, 2, 3))
     assert choice.node.name == "n1"
     assert not choice.has_room
+
+
+def test_a_queue_counts_down_as_its_first_prompt_is_computed_and_by_what_reports_say_is_done() -> None:
+    scene = Scene(1)
+    node = scene.fleet.nodes["n0"]
+    for number, seconds in ((1, 2.0), (2, 1.0)):
+        scene.fleet.reserve(
+            "n0", f"r{number}", 10, uncached_tokens=int(10_000 * seconds), number=number, prefill_s=seconds
+        )
+    assert node.queued_s(0.0) == pytest.approx(3.0)
+    assert node.queued_s(0.5) == pytest.approx(2.5)
+    # It takes longer than was predicted: the second has not begun, but for what a late report may hide.
+    assert node.queued_s(9.0) == pytest.approx(1.0 - node.feedback_s)
+    scene.now_s = 9.0
+    node.hear(
+        NodeReport(node="n0", incarnation="x", sequence=1, seen_seq=2, queued_uncached_tokens=10_000),
+        0.0,
+        9.0,
+    )
+    assert node.decoding == 1
+    assert node.queued_s(9.0) == pytest.approx(1.0)
+    scene.fleet.release("n0", "r2")
+    assert node.queued_s(9.0) == pytest.approx(1.0), "the report still says that they are queued"
+    scene.report("n0", seen_seq=2)
+    assert node.queued_s(9.0) == 0.0
+
+
+def test_what_a_new_leader_finds_queued_counts_by_its_tokens() -> None:
+    scene = Scene(1)
+    scene.fleet.reserve("n0", "old", 10)
+    scene.report("n0", queued_uncached_tokens=5_000)
+    assert scene.fleet.nodes["n0"].queued_s(0.0) == pytest.approx(0.5)
+
+
+def test_room_is_reckoned_by_the_answers_that_come_and_not_by_those_that_are_allowed() -> None:
+    scene = Scene(1)
+    node = scene.add("small", kv_total_tokens=10_000)
+    scene.fleet.forget("n0")
+    scene.fleet.reserve("small", "r0", 4_000)
+    allowed = request(1, max_tokens=20_000)
+    assert not scene.choose(allowed).has_room
+    node.answers.observe(300)
+    assert scene.choose(allowed).has_room
+    scene.report("small", kv_used_tokens=9_900, kv_total_tokens=10_000)
+    assert not scene.choose(allowed).has_room, "what is used counts when it is more"
