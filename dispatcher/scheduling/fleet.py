@@ -98,7 +98,7 @@ class NodeState:
     def request_bound(self) -> int:
         """The most requests bound to it at once."""
         running = self.identity.max_running
-        return running + max(1, math.floor(running * LOOKAHEAD_SHARE))
+        return max(1, running + max(1, math.floor(running * LOOKAHEAD_SHARE)))
 
     @property
     def is_eligible(self) -> bool:
@@ -235,8 +235,9 @@ class NodeState:
         self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
         self._prefills, self._prefill_s = known._prefills, known._prefill_s
         self._prefill_tokens, self._head_since_s = known._prefill_tokens, known._head_since_s
-        self.suspect = known.suspect
-        self.predictor, self.service_s = known.predictor, known.service_s
+        self.suspect, self.service_s = known.suspect, known.service_s
+        if known.identity.models == self.identity.models:
+            self.predictor = known.predictor
         self.breaker = known.breaker
         self.breaker.renewed()
 
@@ -283,6 +284,9 @@ class NodeState:
         """Note an assignment's number, by which reports tell what they cover."""
         if ref in self._prefills:
             self._prefills[ref].number = number
+            if not number:
+                # No report will be known to cover it: it would keep those behind it from being done.
+                self._computed(ref, self._head_since_s)
         if ref not in self.unseen:
             return
         self.unseen[ref].number = number
@@ -332,6 +336,10 @@ class Fleet:
     def _index(self) -> None:
         self.version += 1
         self._by_model = {}
+        served = {node.identity.models for node in self.nodes.values()}
+        for learned in (self._shapes, self._answers):
+            for models in learned.keys() - served:
+                del learned[models]
         for node in self.nodes.values():
             for model in node.identity.models:
                 self._by_model.setdefault(model, []).append(node)

@@ -31,6 +31,8 @@ LEAST_GAIN = 0.05
 """How far a node's scale follows its last prefill."""
 SLOWEST, FASTEST = 1e3, 1e-3
 REMEMBERED_ANSWERS = 500
+FIRST_ANSWER = 100
+"""How long answers are taken to be at least before any was seen: a request may allow one token, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +156,10 @@ class AnswerLength:
             self._seen += 1
             mean = self.mean if self.mean is not None else 0.0
             self.mean = mean + (tokens - mean) / min(self._seen, REMEMBERED_ANSWERS)
+
+    def typical(self, most: int) -> float:
+        """What an answer has by experience; before any was seen, what one may have."""
+        return max(1.0, self.mean if self.mean is not None else max(most, FIRST_ANSWER))
 
     def expected(self, most: int) -> int:
         """What an answer of at most so many tokens is expected to have: all of them before any was seen."""

@@ -354,7 +354,7 @@ def prefill_cost(
         wait_s = scheduler.queued_s(node, envelope.model)
         if not (node.has_slot and node.fits(node.expected_tokens(envelope))):
             wait_s += node.slot_wait_s
-        answer_s = parameters.tpot_slo_s * max(1, node.answers.expected(envelope.max_tokens))
+        answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
         stall_s = node.decoding * prefill_s * prefill_s / answer_s
         k = node.fullness
         total = (

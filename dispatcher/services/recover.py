@@ -266,7 +266,15 @@ class Recovery:
                 hit_tokens=job.hit_tokens,
             )
             uncached = 0 if job.claimed else max(1, envelope.prompt_tokens - job.hit_tokens)
-            state.bind(job.ref, bound, uncached_tokens=uncached, number=job.number)
+            node = state.fleet.nodes.get(bound.job.node)
+            cost = node.predictor.cost if node is not None and uncached else None
+            state.bind(
+                job.ref,
+                bound,
+                uncached_tokens=uncached,
+                prefill_s=cost.seconds(uncached, job.hit_tokens) if cost is not None else 0.0,
+                number=job.number,
+            )
             return
         waiting = Waiting(
             ref=Ref.parse(job.ref),

@@ -8,14 +8,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.clock import Clock
+from dispatcher.backends.store_view import StoredJob
+from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Attempt, JobId, Names, Ref
-from dispatcher.protocol.node import NodeIdentity
+from dispatcher.protocol.node import NodeIdentity, NodeReport
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.retry import MAX_DELAY_S
 from dispatcher.scheduling.scheduler import blocks_of
 from dispatcher.scheduling.window import Waiting
+from dispatcher.services.recover import Recovery
 from dispatcher.services.state import EVENTS_S, Bound, LeaderState
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
@@ -98,3 +101,36 @@ def test_a_retry_noted_by_a_leader_whose_clock_was_ahead_waits_the_longest_delay
     envelope = Envelope(ref=str(REF), id="r", model="m")
     state.delay(Waiting(ref=REF, envelope=envelope, from_pending=True), 1_790_000_000_000 + 3_600_000)
     assert state.release_due() == pytest.approx(MAX_DELAY_S)
+
+
+def test_what_a_new_leader_finds_queued_at_a_node_takes_time_there() -> None:
+    fleet = Fleet()
+    node = fleet.admit(NodeIdentity(node="n", incarnation="x", models=("m",)), 0.0)
+    state = LeaderState(
+        names=Names(),
+        fleet=fleet,
+        index=PrefixIndex(),
+        clock=Clock(monotonic=lambda: NOW_S),
+        rng=random.Random(0),
+        metrics=DispatcherMetrics(CollectorRegistry()),
+        log=Log(),
+    )
+    envelope = Envelope(ref=str(REF), id="r", model="m", prompt_tokens=9_000)
+    job = JobId("default", "n", REF, Attempt(1, 1))
+    recovery = Recovery.__new__(Recovery)
+    recovery._state = state
+    recovery._restore(
+        StoredJob(
+            job=str(job),
+            node="n",
+            ref=str(REF),
+            claimed=False,
+            envelope=codec.encode(envelope),
+            failures=0,
+            excluded=(),
+            number=1,
+            hit_tokens=1_000,
+        )
+    )
+    node.hear(NodeReport(node="n", incarnation="x", sequence=1), 0.0, NOW_S)
+    assert node.queued_s(NOW_S) == pytest.approx(node.predictor.cost.seconds(8_000, 1_000))

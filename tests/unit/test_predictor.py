@@ -100,3 +100,10 @@ def test_answers_are_as_long_as_they_were_and_no_longer_than_allowed() -> None:
     for _ in range(5_000):
         answers.observe(1_000)
     assert answers.expected(4_000) == pytest.approx(1_000, abs=2)
+
+
+def test_an_answer_is_typically_as_long_as_others_whatever_one_request_allows() -> None:
+    answers = AnswerLength()
+    assert (answers.typical(1), answers.typical(4_000)) == (100, 4_000)
+    answers.observe(300)
+    assert answers.typical(1) == 300

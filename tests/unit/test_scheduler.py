@@ -420,3 +420,47 @@ def test_room_is_reckoned_by_the_answers_that_come_and_not_by_those_that_are_all
     assert scene.choose(allowed).has_room
     scene.report("small", kv_used_tokens=9_900, kv_total_tokens=10_000)
     assert not scene.choose(allowed).has_room, "what is used counts when it is more"
+
+
+def test_a_bound_request_without_a_number_holds_nobody_behind_it_in_the_queue() -> None:
+    scene = Scene(1)
+    node = scene.fleet.nodes["n0"]
+    scene.fleet.reserve("n0", "a", 600, uncached_tokens=500, prefill_s=0.5)
+    scene.fleet.note_number("n0", "a", 0)
+    scene.fleet.reserve("n0", "b", 600, uncached_tokens=500, prefill_s=0.5, number=2)
+    scene.report("n0", seen_seq=2, queued_uncached_tokens=1_000)
+    assert node.queued_s(0.0) == pytest.approx(0.5 + 500 * COST.token_s)
+    scene.report("n0", seen_seq=2)
+    assert (node.queued_s(0.0), node.decoding) == (0.0, 2)
+
+
+def test_what_a_prompt_stalls_are_others_answers_however_short_its_own_is() -> None:
+    scene = Scene(2, stall_weight=2.0)
+    for node in scene.fleet.nodes.values():
+        node.answers.observe(300)
+    decoding(scene, "n0", 4)
+    scene.report("n1", queued_uncached_tokens=10_000)
+    chosen = [scene.choose(request(extra_tokens=5_000, max_tokens=most)).node.name for most in (1, 4_000)]
+    assert chosen == ["n0", "n0"]
+
+
+def test_a_node_that_comes_back_with_other_models_teaches_those_it_left_nothing() -> None:
+    fleet = Fleet()
+    first = fleet.admit(NodeIdentity(node="n0", incarnation="1", models=("a",)), 0.0)
+    again = fleet.admit(NodeIdentity(node="n0", incarnation="2", models=("a",)), 0.0)
+    assert again.predictor is first.predictor
+    other = fleet.admit(NodeIdentity(node="n0", incarnation="3", models=("b",)), 0.0)
+    assert other.predictor.shape is not first.predictor.shape
+
+
+def test_no_identity_makes_a_cost_infinite() -> None:
+    scene = Scene(1)
+    scene.add("n1", max_running=-1)
+    assert scene.choose(request(1)) is not None
+
+
+def test_what_was_learned_of_models_that_nobody_serves_is_forgotten() -> None:
+    fleet = Fleet()
+    for number in range(20):
+        fleet.admit(NodeIdentity(node="n0", incarnation=str(number), models=(f"m{number}",)), 0.0)
+    assert (len(fleet._shapes), len(fleet._answers)) == (1, 1)
