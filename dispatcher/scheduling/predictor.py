@@ -25,10 +25,15 @@ OUTLIER = 8.0
 """An observation this many times off its prediction tells of something else (a stall): it is clipped."""
 TRUSTED_AFTER = 8
 """Observations after which predictions are good enough to tell outliers by."""
+SHAPED_AFTER = 100
+"""Observations of all nodes after which a new one's first is told by the shape."""
 GRAIN_S = 0.01
 """Waits for a step that is under way, which no prompt's length explains: below, errors count for less."""
 LEAST_GAIN = 0.05
 """How far a node's scale follows its last prefill."""
+USUAL_GAIN = 0.02
+ANCHOR = 0.05
+"""The shape takes over what the scales of all nodes have in common, by no more than this share at a time."""
 SLOWEST, FASTEST = 1e3, 1e-3
 REMEMBERED_ANSWERS = 500
 FIRST_ANSWER = 100
@@ -54,11 +59,15 @@ START = PrefillCost(fixed_s=0.005, token_s=1e-4, attention_s=1e-10)
 
 
 class PrefillShape:
-    """What a model's prefills cost beside each other, from all of its nodes. `version` counts its changes."""
+    """What a model's prefills cost beside each other, from all of its nodes. `version` counts its changes.
+
+    `usual` is the scale that its nodes have: a new one's is that until it shows its own.
+    """
 
     def __init__(self, start: PrefillCost = START) -> None:
         self.cost = start
         self.version = 0
+        self.usual = 1.0
         self._scale = (start.fixed_s, start.token_s, start.attention_s)
         self._weights = [1.0, 1.0, 1.0]
         self._covariance = [[FIRST_VARIANCE if i == j else 0.0 for j in range(3)] for i in range(3)]
@@ -110,10 +119,10 @@ class Predictor:
 
     def __init__(self, shape: PrefillShape | None = None) -> None:
         self.shape = shape if shape is not None else PrefillShape()
-        self.scale = 1.0
+        self.scale = self.shape.usual
         self.observations = 0
         self._cost = self.shape.cost
-        self._of: tuple[int, float] = (self.shape.version, self.scale)
+        self._of: tuple[int, float] = (self.shape.version, 1.0)
 
     @property
     def cost(self) -> PrefillCost:
@@ -135,11 +144,16 @@ class Predictor:
             return
         predicted = self.shape.cost.seconds(uncached_tokens, cached_tokens)
         ratio = seconds / predicted
-        if self.observations >= TRUSTED_AFTER:
+        if self.observations >= TRUSTED_AFTER or self.shape.version >= SHAPED_AFTER:
+            # Also a first prefill, which often takes a warm-up: a node that looks dead gets no second one.
             ratio = min(max(ratio, self.scale / OUTLIER), self.scale * OUTLIER)
         gain = max(LEAST_GAIN, 1.0 / (self.observations + 1)) * predicted / (predicted + GRAIN_S)
         self.scale = min(max(self.scale + gain * (ratio - self.scale), FASTEST), SLOWEST)
-        self.shape.observe(uncached_tokens, cached_tokens, seconds / self.scale)
+        shape = self.shape
+        shape.usual += USUAL_GAIN * (self.scale - shape.usual)
+        # Scales and shape are determined only together: without the last factor they drift apart for ever.
+        anchor = min(max(shape.usual**0.1, 1 - ANCHOR), 1 + ANCHOR)
+        shape.observe(uncached_tokens, cached_tokens, anchor * ratio * predicted / self.scale)
         self.observations += 1
 
 

@@ -102,6 +102,36 @@ def test_answers_are_as_long_as_they_were_and_no_longer_than_allowed() -> None:
     assert answers.expected(4_000) == pytest.approx(1_000, abs=2)
 
 
+def test_a_warm_up_does_not_make_a_new_node_look_dead() -> None:
+    shape = PrefillShape()
+    known = Predictor(shape)
+    for _ in range(200):
+        known.observe(1_000, 0, TRUE.seconds(1_000, 0))
+    new = Predictor(shape)
+    new.observe(1_000, 0, 60.0)
+    assert new.cost.seconds(1_000, 0) < 10 * TRUE.seconds(1_000, 0)
+    assert known.cost.seconds(1_000, 0) == pytest.approx(TRUE.seconds(1_000, 0), rel=0.1)
+
+
+@pytest.mark.parametrize("times", [0.05, 20.0])
+def test_a_new_node_is_taken_to_be_as_its_peers(times: float) -> None:
+    shape, rng = PrefillShape(), random.Random(4)
+    peers = [Predictor(shape) for _ in range(4)]
+    for _ in range(400):
+        uncached = rng.randrange(50, 30_000)
+        rng.choice(peers).observe(uncached, 0, times * TRUE.seconds(uncached, 0))
+    assert Predictor(shape).cost.seconds(5_000, 0) == pytest.approx(times * TRUE.seconds(5_000, 0), rel=0.2)
+
+
+def test_scales_and_shape_do_not_drift_apart() -> None:
+    shape, rng = PrefillShape(), random.Random(4)
+    peers = [Predictor(shape) for _ in range(4)]
+    for _ in range(60_000):
+        uncached = int(min(80_000, max(20, rng.lognormvariate(6.5, 1.2))))
+        rng.choice(peers).observe(uncached, 0, TRUE.seconds(uncached, 0) * rng.lognormvariate(0, 1.2))
+    assert all(0.4 < one.scale < 2.5 for one in peers)
+
+
 def test_an_answer_is_typically_as_long_as_others_whatever_one_request_allows() -> None:
     answers = AnswerLength()
     assert (answers.typical(1), answers.typical(4_000)) == (100, 4_000)
