@@ -295,6 +295,7 @@ class Dispatcher:
 
 def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
     return SchedulingParameters(
+        work_weight=settings.work_weight,
         stall_weight=settings.stall_weight,
         burst_weight=settings.burst_weight,
         tpot_slo_s=settings.tpot_slo_ms / 1000,

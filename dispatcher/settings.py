@@ -56,6 +56,9 @@ class DispatcherSettings(AccessSettings):
     isolate_tenants: bool = Field(
         default=False, description="keep each tenant's cached prompts from the others, by a salt"
     )
+    work_weight: float = Field(
+        default=0.5, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"
+    )
     stall_weight: float = Field(
         default=2.0, ge=0, le=1000, description="weight of the stall that a prompt is to answers under way"
     )

@@ -23,6 +23,10 @@ STALE_S = 1.5
 """Reports come at least every second: one that is this old may hide load."""
 FIRST_SERVICE_S = 5.0
 """How long a request is taken to hold its slot before any was seen to end."""
+MOST_SLACK_S = 1.0
+"""How late a report is taken to be at most: the way back also holds a wait for a slot."""
+OVERDUE = 1.5
+"""A prompt is overdue once it took so many times its prediction."""
 BURST_S = 20.0
 """How long prompts bound to a node are remembered for what its next ones will be like."""
 FULL = 0.99
@@ -155,8 +159,11 @@ class NodeState:
         if self._prefills:
             head = next(iter(self._prefills.values()))
             # A report may be as late as the feedback's way: the first may be done, and the next begun.
-            done_s = min(now_s - self._head_since_s, head.seconds + self.feedback_s)
-            seconds = max(0.0, seconds - max(0.0, done_s))
+            slack_s = min(self.feedback_s, MOST_SLACK_S)
+            elapsed_s = max(0.0, now_s - self._head_since_s)
+            seconds = max(0.0, seconds - min(elapsed_s, head.seconds + slack_s))
+            # What takes far longer than predicted takes as long again, for all that is known.
+            seconds += max(0.0, elapsed_s - OVERDUE * head.seconds - slack_s)
         if self.report is not None:
             unknown = self.report.queued_uncached_tokens + self.unseen_tokens - self._prefill_tokens
             if unknown > 0:

@@ -46,6 +46,8 @@ class SchedulingParameters:
     """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.
 
     Args:
+        work_weight: what a request's own prefill counts besides its own wait: all who come after it there
+            wait for it too, so that a cached prefix is worth more than the time it saves the one.
         stall_weight: what a whole answer's worth of stall costs. While a node computes a prompt, all that
             decode there stand still: for each of them, the prefill counts times its share of what an answer
             may take (its mean length x `tpot_slo_s`). It grows with the square of the prefill: short
@@ -63,6 +65,7 @@ class SchedulingParameters:
         block_size: tokens of a routing block.
     """
 
+    work_weight: float = 0.5
     stall_weight: float = 2.0
     burst_weight: float = 1.0
     tpot_slo_s: float = 0.05
@@ -360,7 +363,7 @@ def prefill_cost(
         total = (
             wait_s
             + planned.get(node.name, 0.0)
-            + prefill_s
+            + prefill_s * (1 + parameters.work_weight)
             + parameters.stall_weight * stall_s
             + burst_weight * node.burst_s(now_s)
             + pressure_s * k / (1 - k)

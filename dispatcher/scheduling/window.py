@@ -29,7 +29,9 @@ MOST_PARKED = 256
 PARK_MS = 1000
 """After this time they are looked at again: nodes may have come."""
 PUT_OFF_SHARE = 0.25
-"""A long prompt is put off by this share of the time it has at most, so that it isn't put off to its end."""
+MOST_PUT_OFF_MS = 15_000
+"""A long prompt is put off by so much at most, of the time it has and in all: not to its end, nor until it
+passes for a sign of overload."""
 FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
 OWED, ORDINARY, SPARE = range(3)
@@ -158,7 +160,8 @@ class Window:
 
     @staticmethod
     def _most_longer_ms(envelope: Envelope) -> int:
-        return int(PUT_OFF_SHARE * max(0, envelope.deadline_at_ms - envelope.appended_ms))
+        has_ms = max(0, envelope.deadline_at_ms - envelope.appended_ms)
+        return min(MOST_PUT_OFF_MS, int(PUT_OFF_SHARE * has_ms))
 
     def _count(self, waiting: Waiting, change: int) -> None:
         lane, envelope = waiting.ref.lane, waiting.envelope

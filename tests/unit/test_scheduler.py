@@ -63,7 +63,14 @@ class Scene:
             self.index,
             policy=policy,
             parameters=SchedulingParameters(
-                **{"near_tie": 0.0, "stall_weight": 0.0, "burst_weight": 0.0, "pressure_s": 0.0, **parameters}
+                **{
+                    "near_tie": 0.0,
+                    "work_weight": 0.0,
+                    "stall_weight": 0.0,
+                    "burst_weight": 0.0,
+                    "pressure_s": 0.0,
+                    **parameters,
+                }
             ),
             rng=random.Random(5),
             healthy_s=lambda: self.healthy_s,
@@ -387,7 +394,9 @@ def test_a_queue_counts_down_as_its_first_prompt_is_computed_and_by_what_reports
     assert node.queued_s(0.0) == pytest.approx(3.0)
     assert node.queued_s(0.5) == pytest.approx(2.5)
     # It takes longer than was predicted: the second has not begun, but for what a late report may hide.
-    assert node.queued_s(9.0) == pytest.approx(1.0 - node.feedback_s)
+    assert node.queued_s(2.9) == pytest.approx(1.0 - node.feedback_s)
+    # Long overdue: as long again is to be expected.
+    assert node.queued_s(9.0) == pytest.approx(1.0 - node.feedback_s + (9.0 - 1.5 * 2.0 - node.feedback_s))
     scene.now_s = 9.0
     node.hear(
         NodeReport(node="n0", incarnation="x", sequence=1, seen_seq=2, queued_uncached_tokens=10_000),
