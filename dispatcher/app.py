@@ -225,6 +225,8 @@ class Dispatcher:
                 now_s=state.clock.monotonic,
             )
             state.window.longer_ms = scheduler.longer_ms
+            # What waits by design must not pass for a sign of overload.
+            state.window.most_put_off_ms = int(1000 * settings.shed_target_s / 3)
             shedder = Shedder(
                 state,
                 endings,

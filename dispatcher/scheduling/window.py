@@ -29,9 +29,7 @@ MOST_PARKED = 256
 PARK_MS = 1000
 """After this time they are looked at again: nodes may have come."""
 PUT_OFF_SHARE = 0.25
-MOST_PUT_OFF_MS = 15_000
-"""A long prompt is put off by so much at most, of the time it has and in all: not to its end, nor until it
-passes for a sign of overload."""
+"""A long prompt is put off by this share of the time it has at most: it must not be put off to its end."""
 FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
 OWED, ORDINARY, SPARE = range(3)
@@ -79,11 +77,12 @@ class Window:
     Args:
         max_batch_wait_ms: a batch request that waited longer competes as interactive.
 
-    `longer_ms` tells how much later than its deadline says a request's turn comes.
+    `longer_ms` tells how much later than its deadline says a request's turn comes, at most `most_put_off_ms`.
     """
 
     def __init__(self, *, max_batch_wait_ms: int = 3_600_000) -> None:
         self.longer_ms: Callable[[Envelope], int] = lambda envelope: 0
+        self.most_put_off_ms = 10_000
         self._waiting: dict[str, Waiting] = {}
         self._queues: dict[tuple[Lane, str], list[Order]] = {}
         self._urgent: set[str] = set()
@@ -152,16 +151,15 @@ class Window:
         return (
             urgent,
             -envelope.priority,
-            envelope.deadline_at_ms + min(self.longer_ms(envelope), self._most_longer_ms(envelope)),
+            envelope.deadline_at_ms + self._put_off_ms(envelope),
             envelope.appended_ms,
             self._sequence,
             envelope.ref,
         )
 
-    @staticmethod
-    def _most_longer_ms(envelope: Envelope) -> int:
+    def _put_off_ms(self, envelope: Envelope) -> int:
         has_ms = max(0, envelope.deadline_at_ms - envelope.appended_ms)
-        return min(MOST_PUT_OFF_MS, int(PUT_OFF_SHARE * has_ms))
+        return min(self.longer_ms(envelope), self.most_put_off_ms, int(PUT_OFF_SHARE * has_ms))
 
     def _count(self, waiting: Waiting, change: int) -> None:
         lane, envelope = waiting.ref.lane, waiting.envelope

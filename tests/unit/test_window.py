@@ -138,7 +138,7 @@ def test_a_long_prompt_lets_shorter_ones_pass_for_a_while_but_not_forever() -> N
         waiting(4, prompt_tokens=1_000_000, age_ms=30_000, deadline_ms=30_000),
     ):
         bench.window.push(one)
-    # By when they are due, put off: 55 + 10, 60 + 0.1, 1 + 0.25 (a quarter of what it has), 30 + 15 s.
+    # Due and put off: 55 + 10, 60 + 0.1, 1 + 0.25 (a quarter of what it has), 30 + 10 s (the most).
     assert bench.bind_all() == [3, 4, 2, 1]
 
 
