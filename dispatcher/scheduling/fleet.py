@@ -16,6 +16,7 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
 from dispatcher.scheduling.breaker import Breaker
 from dispatcher.scheduling.predictor import AnswerLength, Predictor, PrefillShape
+from dispatcher.scheduling.prompt_queue import Burst, PromptQueue
 
 LOOKAHEAD_SHARE = 0.125
 """Requests bound beyond an engine's running slots, as a share of them; at least one."""
@@ -23,12 +24,6 @@ STALE_S = 1.5
 """Reports come at least every second: one that is this old may hide load."""
 FIRST_SERVICE_S = 5.0
 """How long a request is taken to hold its slot before any was seen to end."""
-MOST_SLACK_S = 1.0
-"""How late a report is taken to be at most: the way back also holds a wait for a slot."""
-OVERDUE = 1.5
-"""A prompt is overdue once it took so many times its prediction."""
-BURST_S = 20.0
-"""How long prompts bound to a node are remembered for what its next ones will be like."""
 FULL = 0.99
 """KV use beyond which a node counts as full: the pressure term stays finite."""
 
@@ -40,15 +35,6 @@ class _Unseen:
     uncached_tokens: int
     number: int
     bound_s: float
-
-
-@dataclass(slots=True)
-class _Prefill:
-    """A prompt that a node has yet to compute, with what that is predicted to take."""
-
-    uncached_tokens: int
-    number: int
-    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -78,20 +64,8 @@ class NodeState:
     service_s: float = FIRST_SERVICE_S
     chosen: int = 0
     _since: dict[str, float] = field(default_factory=dict)
-    _prefills: dict[str, _Prefill] = field(default_factory=dict)
-    _prefill_s: float = 0.0
-    _prefill_tokens: int = 0
-    _head_since_s: float = 0.0
-    _squares: float = 0.0
-    _squares_at_s: float = 0.0
-
-    def burst_s(self, now_s: float) -> float:
-        """Seconds of prefill that one who comes at any moment is to find before it, by the last ones bound.
-
-        The rate of prompts times the mean square of their prefills: twice the mean wait of M/G/1
-        (Pollaczek-Khinchine), so that one long prompt counts for more than many short ones of the same work.
-        """
-        return self._squares * math.exp((self._squares_at_s - now_s) / BURST_S) / BURST_S
+    prompts: PromptQueue = field(default_factory=PromptQueue)
+    burst: Burst = field(default_factory=Burst)
 
     @property
     def name(self) -> str:
@@ -116,7 +90,7 @@ class NodeState:
     @property
     def decoding(self) -> int:
         """How many of its requests are past their prompts, as far as it told: a new prompt stalls them."""
-        return max(0, len(self.held) - len(self._prefills))
+        return max(0, len(self.held) - len(self.prompts))
 
     @property
     def has_slot(self) -> bool:
@@ -139,6 +113,10 @@ class NodeState:
         used = self.report.kv_used_tokens + self.unseen_tokens if self.report is not None else 0
         return max(self.held_tokens, used) + tokens <= capacity
 
+    def has_space(self, envelope: Envelope) -> bool:
+        """Whether it has a slot for a request, and KV cache as far as is expected."""
+        return self.has_slot and self.fits(self.expected_tokens(envelope))
+
     @property
     def slot_wait_s(self) -> float:
         """Predicted seconds until one of its requests ends and gives its slot back."""
@@ -155,20 +133,8 @@ class NodeState:
 
         Tokens that it reports and we did not bind (a new leader knows no more of them) count by the token.
         """
-        seconds = self._prefill_s
-        if self._prefills:
-            head = next(iter(self._prefills.values()))
-            # A report may be as late as the feedback's way: the first may be done, and the next begun.
-            slack_s = min(self.feedback_s, MOST_SLACK_S)
-            elapsed_s = max(0.0, now_s - self._head_since_s)
-            seconds = max(0.0, seconds - min(elapsed_s, head.seconds + slack_s))
-            # What takes far longer than predicted takes as long again, for all that is known.
-            seconds += max(0.0, elapsed_s - OVERDUE * head.seconds - slack_s)
-        if self.report is not None:
-            unknown = self.report.queued_uncached_tokens + self.unseen_tokens - self._prefill_tokens
-            if unknown > 0:
-                seconds += unknown * self.predictor.cost.token_s
-        return seconds
+        unknown = max(0, self.queued_tokens - self.prompts.tokens)
+        return self.prompts.seconds(now_s, self.feedback_s) + unknown * self.predictor.cost.token_s
 
     @property
     def kv_share(self) -> float:
@@ -201,28 +167,7 @@ class NodeState:
             if one.number and one.number <= report.seen_seq:
                 self.feedback_s += 0.1 * (max(0.0, now_s - one.bound_s) - self.feedback_s)
                 self._see(ref)
-        self._advance(report, now_s)
-
-    def _advance(self, report: NodeReport, now_s: float) -> None:
-        """Prompts are computed in the order they came: what is not queued any more is the head."""
-        covered = sum(
-            one.uncached_tokens for one in self._prefills.values() if 0 < one.number <= report.seen_seq
-        )
-        for ref, one in list(self._prefills.items()):
-            if covered <= report.queued_uncached_tokens or not 0 < one.number <= report.seen_seq:
-                break
-            covered -= one.uncached_tokens
-            self._computed(ref, now_s)
-
-    def _computed(self, ref: str, now_s: float) -> None:
-        one = self._prefills.get(ref)
-        if one is None:
-            return
-        if ref == next(iter(self._prefills)):
-            self._head_since_s = now_s
-        del self._prefills[ref]
-        self._prefill_s = self._prefill_s - one.seconds if self._prefills else 0.0
-        self._prefill_tokens -= one.uncached_tokens
+        self.prompts.hear(report.seen_seq, report.queued_uncached_tokens, now_s)
 
     def _see(self, ref: str) -> None:
         one = self.unseen.pop(ref, None)
@@ -233,15 +178,14 @@ class NodeState:
         """Forget what an earlier leader's session counted."""
         self.held, self.held_tokens, self.admitted = {}, 0, False
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
-        self._prefills, self._prefill_s, self._prefill_tokens = {}, 0.0, 0
+        self.prompts = PromptQueue()
         self.breaker.probe = self.suspect = ""
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
         self.held, self.held_tokens, self._since = known.held, known.held_tokens, known._since
         self.unseen, self.unseen_tokens = known.unseen, known.unseen_tokens
-        self._prefills, self._prefill_s = known._prefills, known._prefill_s
-        self._prefill_tokens, self._head_since_s = known._prefill_tokens, known._head_since_s
+        self.prompts = known.prompts
         self.suspect, self.service_s = known.suspect, known.service_s
         if known.identity.models == self.identity.models:
             self.predictor = known.predictor
@@ -267,13 +211,8 @@ class NodeState:
         if uncached_tokens:
             self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
             self.unseen_tokens += uncached_tokens
-            if not self._prefills:
-                self._head_since_s = now_s
-            self._squares = self._squares * math.exp((self._squares_at_s - now_s) / BURST_S) + prefill_s**2
-            self._squares_at_s = now_s
-            self._prefills[ref] = _Prefill(uncached_tokens, number, prefill_s)
-            self._prefill_s += prefill_s
-            self._prefill_tokens += uncached_tokens
+            self.prompts.push(ref, uncached_tokens, number, prefill_s, now_s)
+            self.burst.add(prefill_s, now_s)
 
     def release(self, ref: str, now_s: float) -> None:
         """Stop counting it."""
@@ -285,15 +224,11 @@ class NodeState:
         if self.suspect == ref:
             self.suspect = ""
         self._see(ref)
-        self._computed(ref, now_s)
+        self.prompts.drop(ref, now_s)
 
     def note_number(self, ref: str, number: int) -> None:
         """Note an assignment's number, by which reports tell what they cover."""
-        if ref in self._prefills:
-            self._prefills[ref].number = number
-            if not number:
-                # No report will be known to cover it: it would keep those behind it from being done.
-                self._computed(ref, self._head_since_s)
+        self.prompts.note_number(ref, number)
         if ref not in self.unseen:
             return
         self.unseen[ref].number = number
@@ -375,6 +310,7 @@ class Fleet:
 
         Args:
             uncached_tokens: prompt tokens it has to compute there, until a report covers it; 0 when one did.
+            prefill_s: what that is predicted to take.
             number: its assignment number, 0 while it has none.
             is_suspect: no other suspect is bound there until it is released.
         """

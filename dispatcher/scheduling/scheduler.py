@@ -53,7 +53,7 @@ class SchedulingParameters:
             may take (its mean length x `tpot_slo_s`). It grows with the square of the prefill: short
             prompts go anywhere, long ones where few decode.
         burst_weight: what the prompts that a node had of late cost one who would decode there
-            (`NodeState.burst_s`): it keeps short ones away from where the long ones go.
+            (`Burst.seconds`): it keeps short ones away from where the long ones go.
         tpot_slo_s: seconds per token after the first that users accept.
         pressure_s: seconds that a node's fullness k costs, times k/(1-k): of its KV cache, or of what it may
             hold.
@@ -355,7 +355,7 @@ def prefill_cost(
         hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
         prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
         wait_s = scheduler.queued_s(node, envelope.model)
-        if not (node.has_slot and node.fits(node.expected_tokens(envelope))):
+        if not node.has_space(envelope):
             wait_s += node.slot_wait_s
         answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
         stall_s = node.decoding * prefill_s * prefill_s / answer_s
@@ -365,7 +365,7 @@ def prefill_cost(
             + planned.get(node.name, 0.0)
             + prefill_s * (1 + parameters.work_weight)
             + parameters.stall_weight * stall_s
-            + burst_weight * node.burst_s(now_s)
+            + burst_weight * node.burst.seconds(now_s)
             + pressure_s * k / (1 - k)
         )
         scored.append((total, hit, wait_s, prefill_s, node))
@@ -375,12 +375,7 @@ def prefill_cost(
     most_cached = max(one[1] for one in near)
     near = [one for one in near if one[1] == most_cached]
     _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[rng.randrange(len(near))]
-    room = (
-        node.has_slot
-        and node.fits(node.expected_tokens(envelope))
-        and not planned.get(node.name)
-        and wait_s <= scheduler.lookahead_s(node)
-    )
+    room = node.has_space(envelope) and not planned.get(node.name) and wait_s <= scheduler.lookahead_s(node)
     return Choice(
         node=node,
         has_room=room,
@@ -400,7 +395,7 @@ def least_outstanding_tokens(
     nodes = scheduler.eligible(envelope, excluded)
     if not nodes:
         return None
-    roomy = [node for node in nodes if node.has_slot and node.fits(node.expected_tokens(envelope))]
+    roomy = [node for node in nodes if node.has_space(envelope)]
     loads = [node.held_tokens / node.identity.max_running for node in roomy or nodes]
     least = min(loads)
     tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]

@@ -129,6 +129,7 @@ class LeaderState:
 
         Args:
             uncached_tokens: prompt tokens it has to compute, 0 when the node's reports cover it already.
+            prefill_s: what that is predicted to take.
             number: its assignment number, 0 while it has none.
         """
         self.bound[ref] = bound

@@ -8,39 +8,18 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from dispatcher.simulation.conditions import Conditions
-from dispatcher.simulation.fleet_report import Run, Times
+from dispatcher.simulation.fleet_report import Run
 from tests.bench import scheduling
 from tests.bench.scheduling import DEGRADED, SHARES, SLOW
 from tests.bench.scheduling_ratios import MEASURES, ratios
+from tests.support.told_run import told_run
 
 TINY = ["--requests", "80", "--nodes", "4", "--seeds", "2", "--quick"]
 BASELINES = ["random", "round_robin", "lmetric"]
 
 
 def run(policy: str, seed: int, *, good: float = 1.0, mean: float = 1.0, hits: float = 0.1) -> Run:
-    times = Times(mean=mean, p50=1.0, p90=1.0, p99=1.0)
-    return Run(
-        policy=policy,
-        trace="t",
-        profile="p",
-        rate=1.0,
-        per_s=1.0,
-        nodes=1,
-        seed=seed,
-        conditions=Conditions(),
-        requests=1,
-        completion=1.0,
-        ttft_ms=times,
-        tpot_ms=times,
-        slo_attainment=good,
-        goodput_per_s=1.0,
-        hit_ratio=hits,
-        load_max_over_mean=1.0,
-        busy=0.5,
-        preemptions=0,
-        wall_s=0.0,
-    )
+    return told_run(policy, seed=seed, good=good, mean=mean, hits=hits)
 
 
 def test_each_measure_is_compared_with_its_own_best_seed_by_seed() -> None:

@@ -18,33 +18,13 @@ from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, kne
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
+from tests.support.told_run import told_run
 
 SHORT = ["simulate", "--requests", "120", "--nodes", "4"]
 
 
 def run(policy: str, rate: float, attainment: float, seed: int = 1) -> Run:
-    times = Times(mean=1.0, p50=1.0, p90=1.0, p99=1.0)
-    return Run(
-        policy=policy,
-        trace="t",
-        profile="p",
-        rate=rate,
-        per_s=rate,
-        nodes=1,
-        seed=seed,
-        conditions=Conditions(),
-        requests=1,
-        completion=1.0,
-        ttft_ms=times,
-        tpot_ms=times,
-        slo_attainment=attainment,
-        goodput_per_s=1.0,
-        hit_ratio=0.0,
-        load_max_over_mean=1.0,
-        busy=0.5,
-        preemptions=0,
-        wall_s=0.0,
-    )
+    return told_run(policy, rate=rate, seed=seed, good=attainment)
 
 
 def test_a_run_prints_a_row_for_each_policy_and_writes_json(

@@ -145,7 +145,7 @@ def test_short_prompts_keep_away_from_where_long_ones_went() -> None:
     scene.report("n0", seen_seq=1)
     assert scene.fleet.nodes["n0"].decoding == 1, "it is computed"
     scene.report("n1", queued_uncached_tokens=1_500)
-    assert scene.fleet.nodes["n0"].burst_s(0.0) == pytest.approx(4 / 20)
+    assert scene.fleet.nodes["n0"].burst.seconds(0.0) == pytest.approx(4 / 20)
     assert scene.choose(request(1)).node.name == "n1"
     scene.now_s = 30.0
     assert scene.choose(request(1)).node.name == "n0", "that was long ago"
