@@ -23,11 +23,12 @@ from dispatcher.backends.store_view import StoreView
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.scheduling.breaker import BreakerState
+from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.delayed import Delayed
 from dispatcher.scheduling.overload import OverloadParameters
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.retry_budget import RetryBudget
-from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import LANE_SHARE
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings

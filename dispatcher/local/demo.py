@@ -34,7 +34,8 @@ from dispatcher.replay.replay import OnProgress, ReplayResult, ReplaySettings, T
 from dispatcher.replay.report import summarise
 from dispatcher.replay.traces import TraceRequest, read_excerpt
 from dispatcher.replay.yardsticks import cache_bounds, carried_per_s, workload_of
-from dispatcher.scheduling.scheduler import POLICIES, SchedulingParameters
+from dispatcher.scheduling.choice import SchedulingParameters
+from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dispatcher.local.stack import LocalStack, StackSettings
-from dispatcher.scheduling.scheduler import POLICIES
+from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.profiles import PROFILES
 
 STATUS_EVERY_S = 1.0

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.backlog import Backlog
+from dispatcher.scheduling.choice import Capacity
 from dispatcher.scheduling.drain import Drain
-from dispatcher.scheduling.scheduler import Capacity
 
 SLACK = 0.1
 """What is late is kept when it is predicted to be bound within this share of the target."""

@@ -1,22 +1,19 @@
 """The scheduler: which node gets a request, and whether now or later.
 
-A policy looks at one request and the fleet and returns a `Choice`. `prefill_cost` is FlexLB's own: it
-minimises the predicted time to the first token, counting what each node holds in its cache and what it has
-queued, and lets a request wait for a busy node while that is predicted to beat every other. The others are
-what routers commonly do; they choose without asking whether the node has room, and queue there.
+It holds what a policy looks at: the nodes worth a prediction, what each holds of the prompt, and how long it
+is predicted to take there. Which of them is best, a policy says (`policies`).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import Medium
-from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
+from dispatcher.scheduling.choice import Capacity, Choice, Planned, SchedulingParameters
 from dispatcher.scheduling.fleet import FULL, STALE_S, Fleet, NodeState
+from dispatcher.scheduling.policies import ASKS_FOR_ROOM, POLICIES, prefill_cost
 from dispatcher.scheduling.prefix_index import Match, PrefixIndex
 
 ALL_LOOKED_AT = 32
@@ -27,10 +24,6 @@ MOST_SAMPLED = 64
 """About so many nodes are asked whether they are busy."""
 STEP_TOKENS = 2_048
 """About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
-QUEUED_BOUND = 10_000
-"""Requests queued at one node by policies that don't ask for room."""
-TTFT_POOL = 0.3
-"""`shortest_ttft` takes the least recently chosen of this best share (RTP-LLM's FlexLB, its default)."""
 KV_BYTES_PER_TOKEN = 131_072
 """Of a Llama-3-8B in bf16: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
 LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
@@ -39,67 +32,6 @@ LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
     Medium.EXTERNAL: KV_BYTES_PER_TOKEN / 3e9,
 }
 """By 16 lanes of PCIe 4 (20 GB/s in practice), one NVMe (5 GB/s), a 25 Gbit/s network (3 GB/s)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulingParameters:
-    """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.
-
-    Args:
-        work_weight: what a request's own prefill counts besides its own wait: all who come after it there
-            wait for it too, so that a cached prefix is worth more than the time it saves the one.
-        stall_weight: what a whole answer's worth of stall costs. While a node computes a prompt, all that
-            decode there stand still: for each of them, the prefill counts times its share of what an answer
-            may take (its mean length x `tpot_slo_s`). It grows with the square of the prefill: short
-            prompts go anywhere, long ones where few decode.
-        burst_weight: what the prompts that a node had of late cost one who would decode there
-            (`Burst.seconds`): it keeps short ones away from where the long ones go.
-        tpot_slo_s: seconds per token after the first that users accept.
-        pressure_s: seconds that a node's fullness k costs, times k/(1-k): of its KV cache, or of what it may
-            hold.
-        size_weight: a request's turn comes so many times its own prefill later, as if it had come later:
-            short ones needn't wait behind long ones, which wait no longer than in proportion.
-        near_tie: share of the best prediction within which nodes count as equal.
-        sampled: random nodes looked at besides the holders of the prefix.
-        lookahead_min_s, lookahead_max_s: bounds of the predicted work that a node may have queued.
-        block_size: tokens of a routing block.
-    """
-
-    work_weight: float = 0.5
-    stall_weight: float = 2.0
-    burst_weight: float = 1.0
-    tpot_slo_s: float = 0.05
-    pressure_s: float = 0.15
-    size_weight: float = 10.0
-    near_tie: float = 0.05
-    sampled: int = 16
-    lookahead_min_s: float = 0.3
-    lookahead_max_s: float = 2.0
-    block_size: int = BLOCK_TOKENS
-
-
-class Choice(NamedTuple):
-    """The best node for a request. `has_room` says whether it can be bound now; if not, it is worth waiting.
-
-    `wait_s` is the work predicted before it, `prefill_s` its own; `is_stale` says that the node's load was
-    taken from its peers, since its last report is old.
-    """
-
-    node: NodeState
-    has_room: bool
-    hit_tokens: int
-    uncached_tokens: int
-    wait_s: float
-    prefill_s: float
-    looked_at: int
-    is_stale: bool = False
-
-
-class Capacity(NamedTuple):
-    """Nodes of a model that take work, and the share of them that have all that they may hold."""
-
-    nodes: int
-    busy: float
 
 
 KEPT_BLOCKS = 1_000_000
@@ -126,10 +58,6 @@ class _Decoded:
 
 
 blocks_of = _Decoded()
-
-
-Planned = dict[str, float]
-"""Seconds of prefill, by node, of requests that already wait for it in this round."""
 
 
 class Scheduler:
@@ -334,144 +262,3 @@ def _serves(node: NodeState, envelope: Envelope) -> bool:
         and envelope.model in node.identity.models
         and (not envelope.lora or envelope.lora in node.identity.loras)
     )
-
-
-def prefill_cost(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """Least predicted time to the first token, and least harm to those who decode."""
-    matches = scheduler.matches(envelope)
-    nodes = scheduler.looked_at(envelope, excluded, matches)
-    if not nodes:
-        return None
-    parameters = scheduler.parameters
-    now_s, rng = scheduler.now_s, scheduler.rng
-    burst_weight, pressure_s = parameters.burst_weight, parameters.pressure_s
-    depth = scheduler.index.depth
-    scored = []
-    best = float("inf")
-    for node in nodes:
-        blocks = depth(matches, node.name) if matches else 0
-        hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
-        prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
-        wait_s = scheduler.queued_s(node, envelope.model)
-        if not node.has_space(envelope):
-            wait_s += node.slot_wait_s
-        answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
-        stall_s = node.decoding * prefill_s * prefill_s / answer_s
-        k = node.fullness
-        total = (
-            wait_s
-            + planned.get(node.name, 0.0)
-            + prefill_s * (1 + parameters.work_weight)
-            + parameters.stall_weight * stall_s
-            + burst_weight * node.burst.seconds(now_s)
-            + pressure_s * k / (1 - k)
-        )
-        scored.append((total, hit, wait_s, prefill_s, node))
-        if total < best:
-            best = total
-    near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]
-    most_cached = max(one[1] for one in near)
-    near = [one for one in near if one[1] == most_cached]
-    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[rng.randrange(len(near))]
-    room = node.has_space(envelope) and not planned.get(node.name) and wait_s <= scheduler.lookahead_s(node)
-    return Choice(
-        node=node,
-        has_room=room,
-        hit_tokens=hit,
-        uncached_tokens=max(1, envelope.prompt_tokens - hit),
-        wait_s=wait_s,
-        prefill_s=prefill_s,
-        looked_at=len(nodes),
-        is_stale=scheduler.is_stale(node),
-    )
-
-
-def least_outstanding_tokens(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """The fewest tokens bound per running slot, among nodes with room; caches are not looked at."""
-    nodes = scheduler.eligible(envelope, excluded)
-    if not nodes:
-        return None
-    roomy = [node for node in nodes if node.has_space(envelope)]
-    loads = [node.held_tokens / node.identity.max_running for node in roomy or nodes]
-    least = min(loads)
-    tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]
-    node = tied[0] if len(tied) == 1 else tied[scheduler.rng.randrange(len(tied))]
-    return scheduler.choice(node, envelope, has_room=bool(roomy), looked_at=len(nodes))
-
-
-def choose_random(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """Any eligible node, uniformly."""
-    nodes = _unfilled(scheduler, envelope, excluded)
-    if not nodes:
-        return None
-    node = nodes[scheduler.rng.randrange(len(nodes))]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
-
-
-def round_robin(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """One after the other."""
-    nodes = _unfilled(scheduler, envelope, excluded)
-    if not nodes:
-        return None
-    node = nodes[scheduler.next_turn() % len(nodes)]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
-
-
-def round_robin_lowest_concurrency(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """One after the other, among those that hold the fewest requests."""
-    nodes = _unfilled(scheduler, envelope, excluded)
-    if not nodes:
-        return None
-    fewest = min(len(node.held) for node in nodes)
-    lowest = [node for node in nodes if len(node.held) == fewest]
-    node = lowest[scheduler.next_turn() % len(lowest)]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
-
-
-def shortest_ttft(
-    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
-) -> Choice | None:
-    """Of the best share by predicted queue and prefill, the one chosen longest ago (RTP-LLM's FlexLB)."""
-    nodes = _unfilled(scheduler, envelope, excluded)
-    if not nodes:
-        return None
-    matches = scheduler.matches(envelope)
-
-    def ttft_s(node: NodeState) -> float:
-        blocks = scheduler.index.depth(matches, node.name)
-        hit = scheduler.hit_tokens(node, envelope, blocks)
-        return scheduler.queued_s(node, envelope.model) + scheduler.prefill_s(node, envelope, hit, blocks)
-
-    ranked = sorted(nodes, key=lambda node: (ttft_s(node), node.chosen))
-    pool = ranked[: max(1, int(len(ranked) * TTFT_POOL))]
-    node = min(pool, key=lambda node: node.chosen)
-    node.chosen = scheduler.next_turn()
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
-
-
-def _unfilled(scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
-    return [node for node in scheduler.eligible(envelope, excluded) if len(node.held) < QUEUED_BOUND]
-
-
-Policy = Callable[[Scheduler, Envelope, tuple[str, ...], Planned], Choice | None]
-
-POLICIES: Mapping[str, Policy] = {
-    "prefill_cost": prefill_cost,
-    "least_outstanding_tokens": least_outstanding_tokens,
-    "random": choose_random,
-    "round_robin": round_robin,
-    "round_robin_lowest_concurrency": round_robin_lowest_concurrency,
-    "shortest_ttft": shortest_ttft,
-}
-ASKS_FOR_ROOM = frozenset({"prefill_cost", "least_outstanding_tokens"})
-"""Policies that bind late; the others queue at the node."""

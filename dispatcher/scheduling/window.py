@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.scheduling.backlog import Backlog
-from dispatcher.scheduling.scheduler import Choice, Planned, Scheduler
+from dispatcher.scheduling.choice import Choice, Planned
+from dispatcher.scheduling.scheduler import Scheduler
 
 BATCH_EVERY = 20
 """One bind in this many of a model is batch's, when it waits: 5 % of capacity."""

@@ -11,7 +11,8 @@ import asyncio
 from dispatcher.backends.leader_store import AssignItem, LeaderStore
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, JobId
-from dispatcher.scheduling.scheduler import Choice, Scheduler
+from dispatcher.scheduling.choice import Choice
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.close import Endings
 from dispatcher.services.persist import until_answered

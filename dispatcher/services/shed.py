@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.outcome import OutcomeKind
+from dispatcher.scheduling.choice import Capacity
 from dispatcher.scheduling.overload import Overload, OverloadParameters, Shed
-from dispatcher.scheduling.scheduler import Capacity, Scheduler
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.services.close import Endings
 from dispatcher.services.state import LeaderState
 

@@ -14,7 +14,7 @@ import msgspec
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.replay.traces import EXCERPT
-from dispatcher.scheduling.scheduler import POLICIES
+from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_plot import plot, plotting

@@ -17,9 +17,10 @@ from dispatcher.backends.clock import Clock
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
+from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.fleet import Fleet, NodeState
 from dispatcher.scheduling.prefix_index import PrefixIndex
-from dispatcher.scheduling.scheduler import Scheduler, SchedulingParameters
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.state import Bound, LeaderState
 from dispatcher.simulation.fleet import FleetSimulation

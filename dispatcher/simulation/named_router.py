@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dispatcher.errors import SettingsError
-from dispatcher.scheduling.scheduler import POLICIES, SchedulingParameters
+from dispatcher.scheduling.choice import SchedulingParameters
+from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.fleet import Router
 from dispatcher.simulation.live_router import LiveRouter
 from dispatcher.simulation.policies import BY_NAME

@@ -9,6 +9,7 @@ import pytest
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.protocol.outcome import Reason
+from dispatcher.scheduling.choice import Capacity
 from dispatcher.scheduling.overload import (
     FORGET_S,
     IDLE_HINT_S,
@@ -19,7 +20,6 @@ from dispatcher.scheduling.overload import (
     OverloadParameters,
     Shed,
 )
-from dispatcher.scheduling.scheduler import Capacity
 from dispatcher.scheduling.window import Waiting, Window
 
 EPOCH_MS = 1_790_000_000_000

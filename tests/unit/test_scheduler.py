@@ -11,17 +11,12 @@ import pytest
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
 from dispatcher.scheduling.breaker import FAILURES, LONGEST_PROBATION_S
+from dispatcher.scheduling.choice import Choice, SchedulingParameters
 from dispatcher.scheduling.fleet import Fleet, NodeState
+from dispatcher.scheduling.policies import POLICIES
 from dispatcher.scheduling.predictor import Predictor, PrefillCost, PrefillShape
 from dispatcher.scheduling.prefix_index import PrefixIndex
-from dispatcher.scheduling.scheduler import (
-    ALL_LOOKED_AT,
-    LOAD_S_PER_TOKEN,
-    POLICIES,
-    Choice,
-    Scheduler,
-    SchedulingParameters,
-)
+from dispatcher.scheduling.scheduler import ALL_LOOKED_AT, LOAD_S_PER_TOKEN, Scheduler
 
 COST = PrefillCost(fixed_s=0.01, token_s=1e-4, attention_s=0.0)
 BLOCK = 256

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.protocol.node import NodeIdentity
+from dispatcher.scheduling.choice import Choice
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.prefix_index import PrefixIndex
-from dispatcher.scheduling.scheduler import Choice, Scheduler
+from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import (
     BATCH_EVERY,
     ENVELOPE_OVERHEAD_BYTES,

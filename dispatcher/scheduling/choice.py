@@ -1,0 +1,74 @@
+"""What a policy is told and what it answers: parameters, what already waits, and the choice of a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
+from dispatcher.scheduling.fleet import NodeState
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulingParameters:
+    """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.
+
+    Args:
+        work_weight: what a request's own prefill counts besides its own wait: all who come after it there
+            wait for it too, so that a cached prefix is worth more than the time it saves the one.
+        stall_weight: what a whole answer's worth of stall costs. While a node computes a prompt, all that
+            decode there stand still: for each of them, the prefill counts times its share of what an answer
+            may take (its mean length x `tpot_slo_s`). It grows with the square of the prefill: short
+            prompts go anywhere, long ones where few decode.
+        burst_weight: what the prompts that a node had of late cost one who would decode there
+            (`Burst.seconds`): it keeps short ones away from where the long ones go.
+        tpot_slo_s: seconds per token after the first that users accept.
+        pressure_s: seconds that a node's fullness k costs, times k/(1-k): of its KV cache, or of what it may
+            hold.
+        size_weight: a request's turn comes so many times its own prefill later, as if it had come later:
+            short ones needn't wait behind long ones, which wait no longer than in proportion.
+        near_tie: share of the best prediction within which nodes count as equal.
+        sampled: random nodes looked at besides the holders of the prefix.
+        lookahead_min_s, lookahead_max_s: bounds of the predicted work that a node may have queued.
+        block_size: tokens of a routing block.
+    """
+
+    work_weight: float = 0.5
+    stall_weight: float = 2.0
+    burst_weight: float = 1.0
+    tpot_slo_s: float = 0.05
+    pressure_s: float = 0.15
+    size_weight: float = 10.0
+    near_tie: float = 0.05
+    sampled: int = 16
+    lookahead_min_s: float = 0.3
+    lookahead_max_s: float = 2.0
+    block_size: int = BLOCK_TOKENS
+
+
+class Choice(NamedTuple):
+    """The best node for a request. `has_room` says whether it can be bound now; if not, it is worth waiting.
+
+    `wait_s` is the work predicted before it, `prefill_s` its own; `is_stale` says that the node's load was
+    taken from its peers, since its last report is old.
+    """
+
+    node: NodeState
+    has_room: bool
+    hit_tokens: int
+    uncached_tokens: int
+    wait_s: float
+    prefill_s: float
+    looked_at: int
+    is_stale: bool = False
+
+
+class Capacity(NamedTuple):
+    """Nodes of a model that take work, and the share of them that have all that they may hold."""
+
+    nodes: int
+    busy: float
+
+
+Planned = dict[str, float]
+"""Seconds of prefill, by node, of requests that already wait for it in this round."""

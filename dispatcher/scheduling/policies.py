@@ -1,0 +1,165 @@
+"""The policies: pure functions of the scheduler's view, a request and what already waits, to a `Choice`.
+
+`prefill_cost` is FlexLB's own: it minimises the predicted time to the first token, counting what each node
+holds in its cache and what it has queued, and lets a request wait for a busy node while that is predicted to
+beat every other. The others are what routers commonly do; they choose without asking whether the node has
+room, and queue there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from dispatcher.protocol.assignment import Envelope
+from dispatcher.scheduling.choice import Choice, Planned
+from dispatcher.scheduling.fleet import NodeState
+
+if TYPE_CHECKING:
+    from dispatcher.scheduling.scheduler import Scheduler
+
+QUEUED_BOUND = 10_000
+"""Requests queued at one node by policies that don't ask for room."""
+TTFT_POOL = 0.3
+"""`shortest_ttft` takes the least recently chosen of this best share (RTP-LLM's FlexLB, its default)."""
+
+
+def prefill_cost(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Least predicted time to the first token, and least harm to those who decode."""
+    matches = scheduler.matches(envelope)
+    nodes = scheduler.looked_at(envelope, excluded, matches)
+    if not nodes:
+        return None
+    parameters = scheduler.parameters
+    now_s, rng = scheduler.now_s, scheduler.rng
+    burst_weight, pressure_s = parameters.burst_weight, parameters.pressure_s
+    depth = scheduler.index.depth
+    scored = []
+    best = float("inf")
+    for node in nodes:
+        blocks = depth(matches, node.name) if matches else 0
+        hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
+        prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
+        wait_s = scheduler.queued_s(node, envelope.model)
+        if not node.has_space(envelope):
+            wait_s += node.slot_wait_s
+        answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
+        stall_s = node.decoding * prefill_s * prefill_s / answer_s
+        k = node.fullness
+        total = (
+            wait_s
+            + planned.get(node.name, 0.0)
+            + prefill_s * (1 + parameters.work_weight)
+            + parameters.stall_weight * stall_s
+            + burst_weight * node.burst.seconds(now_s)
+            + pressure_s * k / (1 - k)
+        )
+        scored.append((total, hit, wait_s, prefill_s, node))
+        if total < best:
+            best = total
+    near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]
+    most_cached = max(one[1] for one in near)
+    near = [one for one in near if one[1] == most_cached]
+    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[rng.randrange(len(near))]
+    room = node.has_space(envelope) and not planned.get(node.name) and wait_s <= scheduler.lookahead_s(node)
+    return Choice(
+        node=node,
+        has_room=room,
+        hit_tokens=hit,
+        uncached_tokens=max(1, envelope.prompt_tokens - hit),
+        wait_s=wait_s,
+        prefill_s=prefill_s,
+        looked_at=len(nodes),
+        is_stale=scheduler.is_stale(node),
+    )
+
+
+def least_outstanding_tokens(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """The fewest tokens bound per running slot, among nodes with room; caches are not looked at."""
+    nodes = scheduler.eligible(envelope, excluded)
+    if not nodes:
+        return None
+    roomy = [node for node in nodes if node.has_space(envelope)]
+    loads = [node.held_tokens / node.identity.max_running for node in roomy or nodes]
+    least = min(loads)
+    tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]
+    node = tied[0] if len(tied) == 1 else tied[scheduler.rng.randrange(len(tied))]
+    return scheduler.choice(node, envelope, has_room=bool(roomy), looked_at=len(nodes))
+
+
+def choose_random(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Any eligible node, uniformly."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    node = nodes[scheduler.rng.randrange(len(nodes))]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def round_robin(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """One after the other."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    node = nodes[scheduler.next_turn() % len(nodes)]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def round_robin_lowest_concurrency(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """One after the other, among those that hold the fewest requests."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    fewest = min(len(node.held) for node in nodes)
+    lowest = [node for node in nodes if len(node.held) == fewest]
+    node = lowest[scheduler.next_turn() % len(lowest)]
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def shortest_ttft(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Of the best share by predicted queue and prefill, the one chosen longest ago (RTP-LLM's FlexLB)."""
+    nodes = _unfilled(scheduler, envelope, excluded)
+    if not nodes:
+        return None
+    matches = scheduler.matches(envelope)
+
+    def ttft_s(node: NodeState) -> float:
+        blocks = scheduler.index.depth(matches, node.name)
+        hit = scheduler.hit_tokens(node, envelope, blocks)
+        return scheduler.queued_s(node, envelope.model) + scheduler.prefill_s(node, envelope, hit, blocks)
+
+    ranked = sorted(nodes, key=lambda node: (ttft_s(node), node.chosen))
+    pool = ranked[: max(1, int(len(ranked) * TTFT_POOL))]
+    node = min(pool, key=lambda node: node.chosen)
+    node.chosen = scheduler.next_turn()
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def _unfilled(scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
+    return [node for node in scheduler.eligible(envelope, excluded) if len(node.held) < QUEUED_BOUND]
+
+
+Policy = Callable[["Scheduler", Envelope, tuple[str, ...], Planned], Choice | None]
+
+POLICIES: Mapping[str, Policy] = {
+    "prefill_cost": prefill_cost,
+    "least_outstanding_tokens": least_outstanding_tokens,
+    "random": choose_random,
+    "round_robin": round_robin,
+    "round_robin_lowest_concurrency": round_robin_lowest_concurrency,
+    "shortest_ttft": shortest_ttft,
+}
+ASKS_FOR_ROOM = frozenset({"prefill_cost", "least_outstanding_tokens"})
+"""Policies that bind late; the others queue at the node."""
