@@ -5,6 +5,11 @@ each that decodes, the rest of the budget to prompts), then admits waiting ones 
 and blocks allow, for the whole prompt and not only for its first chunk. When a block can't be had, the
 sequence admitted last is preempted: its blocks are freed and it computes again what it had, from the front
 of the queue. Who calls it owns the time.
+
+Where prefill and decode are apart it does as vLLM's NIXL connector has it. A sequence that hands its prompt
+over keeps its blocks after its end, until `release`. One whose prompt was computed elsewhere takes all blocks
+of the prompt first, without a slot, and asks for what isn't cached here (`take_pulls`); when that is here
+(`pulled`) it goes ahead of those that wait, with all of its prompt but the last token computed.
 """
 
 from __future__ import annotations
@@ -28,8 +33,19 @@ class Made(NamedTuple):
     cached_tokens: int
 
 
+class Pull(NamedTuple):
+    """Sequence `key` wants the keys and values of so many tokens of its prompt from another engine."""
+
+    key: int
+    tokens: int
+
+
 class _Sequence:
-    """`tokens` are the prompt and what was generated; the first `computed` have their keys and values."""
+    """`tokens` are the prompt and what was generated; the first `computed` have their keys and values.
+
+    `is_remote`: another engine holds its prompt; `is_handed`: it has been here since and the last token is
+    next; `keeps`: its blocks stay after its end.
+    """
 
     __slots__ = (
         "blocks",
@@ -37,6 +53,9 @@ class _Sequence:
         "computed",
         "generated",
         "held",
+        "is_handed",
+        "is_remote",
+        "keeps",
         "key",
         "links",
         "lora",
@@ -71,6 +90,9 @@ class _Sequence:
         self.links: bytes = b""
         self.held: list[int] = []
         self.private = 0
+        self.is_remote = False
+        self.is_handed = False
+        self.keeps = False
 
     def hash_on(self, block_tokens: int) -> None:
         """Hash the full blocks that have none yet."""
@@ -103,13 +125,17 @@ class EngineModel:
         self.busy_s = 0.0
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
+        self._pulling: dict[int, _Sequence] = {}
+        self._pulled: deque[_Sequence] = deque()
+        self._kept: dict[int, _Sequence] = {}
+        self._pulls: list[Pull] = []
         self._running: list[_Sequence] = []
         self._scheduled: list[tuple[_Sequence, int]] = []
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self._waiting)
+        """Sequences that wait for a slot, or for their prompt from another engine."""
+        return len(self._waiting) + len(self._pulling) + len(self._pulled)
 
     @property
     def running(self) -> int:
@@ -140,11 +166,15 @@ class EngineModel:
         output: Callable[[int], int],
         salt: str = "",
         lora: str = "",
+        keeps: bool = False,
+        is_remote: bool = False,
     ) -> None:
         """Queue a sequence.
 
         Args:
             output: the token id at each place of its answer.
+            keeps: its blocks stay held after its end, until `release`.
+            is_remote: another engine has computed its prompt, and gives it.
         Raises:
             ValueError: the key is in use, prompt or answer are empty, or it can never fit the KV cache.
         """
@@ -158,8 +188,26 @@ class EngineModel:
                 f"seen {len(prompt)} and {output_tokens}"
             )
         sequence = _Sequence(key, prompt, output_tokens, output, salt, lora)
+        sequence.keeps, sequence.is_remote = keeps, is_remote
         self._sequences[key] = sequence
         self._waiting.append(sequence)
+
+    def take_pulls(self) -> list[Pull]:
+        """What sequences asked of other engines since the last call."""
+        pulls, self._pulls = self._pulls, []
+        return pulls
+
+    def pulled(self, key: int) -> None:
+        """A sequence's prompt is here; unknown ones are ignored. An idle engine is to be stepped then."""
+        sequence = self._pulling.pop(key, None)
+        if sequence is not None:
+            self._pulled.append(sequence)
+
+    def release(self, key: int) -> None:
+        """Free the blocks that a sequence kept; unknown ones are ignored. Step an idle engine then."""
+        sequence = self._kept.pop(key, None)
+        if sequence is not None:
+            self._free(sequence)
 
     def abort(self, key: int) -> None:
         """Forget a sequence; unknown and finished ones are ignored. What it computed stays cached."""
@@ -168,6 +216,11 @@ class EngineModel:
             return
         if sequence in self._running:
             self._running.remove(sequence)
+            self._free(sequence)
+        elif self._pulling.pop(key, None) is not None:
+            self._free(sequence)
+        elif sequence in self._pulled:
+            self._pulled.remove(sequence)
             self._free(sequence)
         else:
             self._waiting.remove(sequence)
@@ -211,8 +264,22 @@ class EngineModel:
                 budget -= count
                 self._scheduled.append((sequence, count))
                 place += 1
-        while self._waiting and budget and not preempted and len(self._running) < self.profile.max_running:
+        while budget and not preempted and len(self._running) < self.profile.max_running:
+            if self._pulled:
+                sequence = self._pulled.popleft()
+                self._hand(sequence)
+                self._running.append(sequence)
+                self._scheduled.append((sequence, 1))
+                budget -= 1
+                continue
+            if not self._waiting:
+                break
             sequence = self._waiting[0]
+            if sequence.is_remote:
+                if not self._claim(sequence):
+                    break
+                self._waiting.popleft()
+                continue
             admitted = self._admit(sequence, budget)
             if not admitted:
                 break
@@ -222,9 +289,12 @@ class EngineModel:
             budget -= admitted
         if not self._scheduled:
             self.due = None
+            if preempted:
+                # The last one gave its blocks back: who waits may have room now.
+                self._begin(at)
             return
         for sequence, count in self._scheduled:
-            if sequence.computed >= sequence.prompt_tokens and count == 1:
+            if count == 1 and (sequence.computed >= sequence.prompt_tokens or sequence.is_handed):
                 decoding += 1
                 context += sequence.computed
             else:
@@ -268,6 +338,31 @@ class EngineModel:
             self.prompt_tokens += sequence.prompt_tokens
         return count
 
+    def _claim(self, sequence: _Sequence) -> bool:
+        """Take all blocks of a prompt that another engine has computed, and ask for what isn't cached."""
+        size = self.profile.block_tokens
+        sequence.hash_on(size)
+        usable = sequence.blocks[: (sequence.prompt_tokens - 1) // size]
+        hits = self.cache.hit(usable)
+        found = usable[:hits]
+        more = -(-sequence.prompt_tokens // size) - hits
+        if not self.cache.fits(found, more):
+            return False
+        self.cache.hold(found)
+        self.cache.take(more)
+        sequence.held, sequence.private = found, more
+        sequence.cached_tokens = hits * size
+        sequence.is_remote = False
+        self._pulling[sequence.key] = sequence
+        self._pulls.append(Pull(sequence.key, sequence.prompt_tokens - hits * size))
+        return True
+
+    def _hand(self, sequence: _Sequence) -> None:
+        """Go on with a prompt that came from another engine: its last token is computed here."""
+        sequence.computed = sequence.prompt_tokens - 1
+        sequence.is_handed = True
+        self._register(sequence)
+
     def _preempt(self, sequence: _Sequence) -> None:
         self.preemptions += 1
         self._scheduled = [one for one in self._scheduled if one[0] is not sequence]
@@ -277,6 +372,7 @@ class EngineModel:
     def _free(self, sequence: _Sequence) -> None:
         self.cache.free(sequence.held, sequence.private)
         sequence.held, sequence.private, sequence.computed = [], 0, 0
+        sequence.is_handed = False
 
     def _end(self) -> list[Made]:
         made: list[Made] = []
@@ -286,6 +382,7 @@ class EngineModel:
             if sequence.computed < sequence.prompt_tokens:
                 self.computed_prompt_tokens += min(count, sequence.prompt_tokens - sequence.computed)
             sequence.computed += count
+            sequence.is_handed = False
             self._register(sequence)
             if sequence.computed == len(sequence.tokens):
                 made.append(self._make(sequence))
@@ -340,7 +437,10 @@ class EngineModel:
         if is_last:
             del self._sequences[sequence.key]
             self._running.remove(sequence)
-            self._free(sequence)
+            if sequence.keeps:
+                self._kept[sequence.key] = sequence
+            else:
+                self._free(sequence)
         else:
             sequence.tokens.append(token_id)
         return Made(sequence.key, token_id, place == 0, is_last, max(0, sequence.cached_tokens))

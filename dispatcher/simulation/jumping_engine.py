@@ -3,7 +3,8 @@
 Between two events (an arrival, the end of a prompt's chunk, an answer's end, a block that becomes full) all
 steps decode the same sequences, and their time is a sum in closed form. Prompts are block hashes, not tokens;
 blocks of answers are shared with nobody, not even with the next turn that repeats the answer. Who calls it
-owns the time. `tests/unit/test_fleet_engine.py` holds it to `EngineModel`, preemptions included.
+owns the time. `tests/unit/test_fleet_engine.py` holds it to `EngineModel`, preemptions and prompts handed
+over included.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dispatcher.simulation.engine import Pull
 from dispatcher.simulation.kv_cache import BlocksRemoved, KVCache
 from dispatcher.simulation.profile import Profile
 
@@ -40,6 +42,9 @@ class _Sequence:
         "computed",
         "generated",
         "held",
+        "is_handed",
+        "is_remote",
+        "keeps",
         "key",
         "order",
         "output_tokens",
@@ -61,6 +66,9 @@ class _Sequence:
         self.owed = 0
         self.held: list[int] = []
         self.private = 0
+        self.is_remote = False
+        self.is_handed = False
+        self.keeps = False
 
     def block(self, place: int) -> int:
         """The hash of a full block: one of the prompt's, or one of its own (negative)."""
@@ -95,6 +103,10 @@ class JumpingEngine:
         self.waiting_tokens = 0
         self.stored: list[int] = []
         self._waiting: deque[_Sequence] = deque()
+        self._pulling: dict[int, _Sequence] = {}
+        self._pulled: deque[_Sequence] = deque()
+        self._kept: dict[int, _Sequence] = {}
+        self.pulls: list[Pull] = []
         self._running: dict[_Sequence, None] = {}
         self._partial: _Sequence | None = None
         self._scheduled: list[tuple[_Sequence, int]] = []
@@ -111,8 +123,8 @@ class JumpingEngine:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self._waiting)
+        """Sequences that wait for a slot, or for their prompt from another engine."""
+        return len(self._waiting) + len(self._pulling) + len(self._pulled)
 
     @property
     def running(self) -> int:
@@ -120,12 +132,22 @@ class JumpingEngine:
         return len(self._running)
 
     def submit(
-        self, key: int, prompt_tokens: int, output_tokens: int, blocks: Sequence[int], now_s: float
+        self,
+        key: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        blocks: Sequence[int],
+        now_s: float,
+        *,
+        keeps: bool = False,
+        is_remote: bool = False,
     ) -> None:
         """Queue a sequence at `now_s`; a jump under way ends with the step that is running then.
 
         Args:
             blocks: hashes of the prompt's full blocks, from 0 up; full blocks beyond are shared with nobody.
+            keeps: its blocks stay held after its end, until `release`.
+            is_remote: another engine has computed its prompt, and gives it.
         Raises:
             ValueError: prompt or answer are empty, or it can never fit the KV cache.
         """
@@ -137,12 +159,38 @@ class JumpingEngine:
                 f"seen {prompt_tokens} and {output_tokens}"
             )
         sequence = _Sequence(key, prompt_tokens, output_tokens, blocks)
-        self._owe(sequence, prompt_tokens - self.cache.hit(blocks) * self.profile.block_tokens)
+        sequence.keeps, sequence.is_remote = keeps, is_remote
+        if is_remote:
+            self._owe(sequence, 1)
+        else:
+            self._owe(sequence, prompt_tokens - self.cache.hit(blocks) * self.profile.block_tokens)
         was_blocked = bool(self._waiting) or len(self._running) >= self.profile.max_running
         self._waiting.append(sequence)
         if self.due is None:
             self._begin(now_s)
-        elif self._jump > 1 and not was_blocked:
+        elif not was_blocked:
+            self._cut(now_s)
+
+    def pulled(self, key: int, now_s: float) -> None:
+        """A sequence's prompt is here, at `now_s`."""
+        self._pulled.append(self._pulling.pop(key))
+        if self.due is None:
+            self._begin(now_s)
+        elif len(self._running) < self.profile.max_running:
+            self._cut(now_s)
+
+    def release(self, key: int, now_s: float) -> None:
+        """Free the blocks that a sequence kept, at `now_s`."""
+        self._free(self._kept.pop(key))
+        if self._waiting:
+            if self.due is None:
+                self._begin(now_s)
+            else:
+                self._cut(now_s)
+
+    def _cut(self, now_s: float) -> None:
+        """End the jump under way with the step that is running at `now_s`."""
+        if self._jump > 1:
             self._jump = self._steps_until(now_s - self._began_s)
             self.due = self._began_s + self._span_s(self._jump)
 
@@ -166,6 +214,11 @@ class JumpingEngine:
             for block in event.hashes
             if block >= 0
         ]
+
+    def take_pulls(self) -> list[Pull]:
+        """What sequences asked of other engines since the last call."""
+        pulls, self.pulls = self.pulls, []
+        return pulls
 
     def take_stored(self) -> list[int]:
         """Shared blocks newly held since the last call."""
@@ -207,20 +260,37 @@ class JumpingEngine:
                 self._scheduled.append((sequence, count))
                 budget -= count
         preempted = self.preemptions > before
-        while self._waiting and budget and not preempted and len(self._running) < profile.max_running:
-            count = self._admit(self._waiting[0], budget)
+        while budget and not preempted and len(self._running) < profile.max_running:
+            if self._pulled:
+                sequence = self._pulled.popleft()
+                self._hand(sequence)
+                self._scheduled.append((sequence, 1))
+                budget -= 1
+                continue
+            if not self._waiting:
+                break
+            sequence = self._waiting[0]
+            if sequence.is_remote:
+                if not self._claim(sequence):
+                    break
+                self._waiting.popleft()
+                continue
+            count = self._admit(sequence, budget)
             if not count:
                 break
-            sequence = self._waiting.popleft()
+            self._waiting.popleft()
             self._scheduled.append((sequence, count))
             budget -= count
         if not self._scheduled and not self._decoding:
             self.due = None
+            if preempted:
+                # The last one gave its blocks back: who waits may have room now.
+                self._begin(at_s)
             return
         prefilled = pairs = read_back = 0
         decoding, context = self._decoding, self._context
         for sequence, count in self._scheduled:
-            if sequence.computed >= sequence.prompt_tokens and count == 1:
+            if count == 1 and (sequence.computed >= sequence.prompt_tokens or sequence.is_handed):
                 decoding += 1
                 context += sequence.computed
             else:
@@ -281,6 +351,7 @@ class JumpingEngine:
     def _free(self, sequence: _Sequence) -> None:
         self.cache.free(sequence.held, sequence.private)
         sequence.held, sequence.private, sequence.computed, sequence.order = [], 0, 0, -1
+        sequence.is_handed = False
 
     def _owe(self, sequence: _Sequence, tokens: int) -> None:
         self.waiting_tokens += tokens - sequence.owed
@@ -313,6 +384,34 @@ class JumpingEngine:
             self._partial = sequence
         return count
 
+    def _claim(self, sequence: _Sequence) -> bool:
+        """Take all blocks of a prompt that another engine has computed, and ask for what isn't cached."""
+        size = self.profile.block_tokens
+        tokens = sequence.prompt_tokens
+        usable = sequence.first_blocks((tokens - 1) // size)
+        hits = self.cache.hit(usable)
+        found = usable[:hits]
+        more = -(-tokens // size) - hits
+        if not self.cache.fits(found, more):
+            return False
+        self.cache.hold(found)
+        self.cache.take(more)
+        sequence.held, sequence.private = found, more
+        sequence.cached_tokens = hits * size
+        sequence.is_remote = False
+        self._pulling[sequence.key] = sequence
+        self.pulls.append(Pull(sequence.key, tokens - hits * size))
+        return True
+
+    def _hand(self, sequence: _Sequence) -> None:
+        """Go on with a prompt that came from another engine: its last token is computed here."""
+        sequence.computed = sequence.prompt_tokens - 1
+        sequence.is_handed = True
+        self._register(sequence, sequence.computed)
+        self._admissions += 1
+        sequence.order = self._admissions
+        self._running[sequence] = None
+
     # End
 
     def _end(self) -> list[Progress]:
@@ -341,6 +440,7 @@ class JumpingEngine:
                 self._mark(sequence, computed)
         for sequence, count in self._scheduled:
             sequence.computed += count
+            sequence.is_handed = False
             self._owe(sequence, sequence.owed - count)
             self._register(sequence, sequence.computed)
             if sequence.computed == sequence.prompt_tokens + sequence.generated:
@@ -373,7 +473,10 @@ class JumpingEngine:
 
     def _finish(self, sequence: _Sequence) -> None:
         del self._running[sequence]
-        self._free(sequence)
+        if sequence.keeps:
+            self._kept[sequence.key] = sequence
+        else:
+            self._free(sequence)
 
     def _register(self, sequence: _Sequence, computed: int) -> None:
         """Share the blocks that became full."""

@@ -21,7 +21,8 @@ class Profile:
 
     `max_batched_tokens` is the token budget of a step (vLLM's `max_num_batched_tokens`), `max_running` the
     most sequences in it (`max_num_seqs`); the KV cache holds `kv_blocks` blocks of `block_tokens`. A request
-    reaches the scheduler `request_s` after it was sent: HTTP, chat template and tokeniser, no GPU time.
+    reaches the scheduler `request_s` after it was sent: HTTP, chat template and tokeniser, no GPU time. A
+    token's keys and values are `kv_token_bytes`, which count where engines hand them over.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Profile:
     max_running: int = 256
     block_tokens: int = 16
     kv_blocks: int = 16_384
+    kv_token_bytes: int = 131_072
 
     def __post_init__(self) -> None:
         for name in (
@@ -50,7 +52,7 @@ class Profile:
         ):
             if not 0 <= getattr(self, name) < 3600:
                 raise ValueError(f"{name}: expected seconds from 0, seen {getattr(self, name)}")
-        for name in ("max_batched_tokens", "max_running", "block_tokens", "kv_blocks"):
+        for name in ("max_batched_tokens", "max_running", "block_tokens", "kv_blocks", "kv_token_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, seen {getattr(self, name)}")
 

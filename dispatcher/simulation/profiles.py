@@ -33,6 +33,7 @@ _ALL = (
         decode_context_s=4.6e-9,
         block_tokens=32,
         kv_blocks=103_310,
+        kv_token_bytes=35_136,
     ),
     Profile(
         name="b200-deepseek-r1-tp4",
@@ -45,6 +46,7 @@ _ALL = (
         decode_context_s=1.17e-8,
         block_tokens=32,
         kv_blocks=59_434,
+        kv_token_bytes=35_136,
     ),
     Profile(
         name="h100-llama-8b",

@@ -50,6 +50,7 @@ def test_a_roofline_follows_from_the_hardware(name: str) -> None:
     peak, bandwidth, memory = ROOFLINES[name]
     profile = PROFILES[name]
     reached = peak / 2
+    assert profile.kv_token_bytes == KV_TOKEN_BYTES
 
     def near(value: float) -> object:
         return pytest.approx(value, rel=0.02)
@@ -83,3 +84,9 @@ def test_decoding_together_is_cheaper_than_one_after_the_other(profile: Profile)
     alone = profile.step_s(0, 0, 0, 1, 1_000)
     together = profile.step_s(0, 0, 0, 16, 16_000)
     assert alone <= together < 16 * alone
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_measured_profile_hands_over_what_its_cache_holds(name: str) -> None:
+    assert PROFILES[name].kv_token_bytes == LATENT_TOKEN_BYTES
+    assert f"{LATENT_TOKEN_BYTES:,}" in DOC
