@@ -22,9 +22,11 @@ from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.named_router import EVERY, OURS, router_of
+from dispatcher.simulation.named_router import EVERY, OURS, check
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
+
+DEFAULT_NODES = 8
 
 
 def configure_simulate(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,9 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help=f"trace file: Mooncake, RTP-LLM, Azure or agents' sessions (default: {EXCERPT}, in the package)",
     )
-    add("--nodes", type=_count, default=8, help="engines (default 8)")
+    add("--nodes", type=_count, default=None, help="engines that do both prefill and decode (default 8)")
+    add("--prefill", type=_count, default=None, metavar="P", help="engines that prefill only; with --decode")
+    add("--decode", type=_count, default=None, metavar="D", help="engines that decode only; with --prefill")
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument(
         "--rate",
@@ -131,9 +135,10 @@ def _slow(text: str) -> tuple[float, float]:
 
 async def run_simulate(options: argparse.Namespace) -> int:
     """Simulate and print."""
-    policies: Sequence[str] = tuple(dict.fromkeys(options.policy or EVERY))
+    nodes, decode = nodes_of(options.nodes, options.prefill, options.decode)
+    policies: Sequence[str] = tuple(dict.fromkeys(options.policy or (BY_NAME if decode else EVERY)))
     for policy in policies:
-        router_of(policy)
+        check(policy, is_apart=decode > 0)
     if options.plot is not None:
         plotting()
     profile = PROFILES[options.profile]
@@ -150,7 +155,8 @@ async def run_simulate(options: argparse.Namespace) -> int:
         ),
         trace=Path(options.trace or EXCERPT).name,
         profile=profile,
-        nodes=options.nodes,
+        nodes=nodes,
+        decode=decode,
         objectives=Objectives(
             ttft_floor_s=options.ttft_slo_ms / 1000,
             ttft_times=options.ttft_slo_times,
@@ -178,6 +184,22 @@ async def run_simulate(options: argparse.Namespace) -> int:
     if options.plot is not None:
         _write(options.plot, lambda path: plot(report, path, fleets.title))
     return 0
+
+
+def nodes_of(nodes: int | None, prefill: int | None, decode: int | None) -> tuple[int, int]:
+    """How many nodes there are, and how many of them only decode.
+
+    Raises:
+        SettingsError: only one of prefill and decode is given, or nodes as well.
+    """
+    if prefill is None and decode is None:
+        return (nodes if nodes is not None else DEFAULT_NODES), 0
+    if prefill is None or decode is None or nodes is not None:
+        raise SettingsError(
+            f"expected --nodes, or --prefill and --decode, seen --nodes {nodes} --prefill {prefill} "
+            f"--decode {decode}; leave out what does not belong"
+        )
+    return prefill + decode, decode
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

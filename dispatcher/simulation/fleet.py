@@ -3,6 +3,10 @@
 One heap of events, ordered by time and then by who came first, so that a seed says everything. A router is
 told of arrivals, tokens and block events, and sends each request to an engine, now or later: routing
 policies of the field bind at once (`PolicyRouter`), ours is the live code (`live_router`).
+
+Where prefill and decode are apart, a request sent to a prefill node only computes its prompt and one token,
+which is dropped; its router then names the decode node (`hand_over`), which reads the prompt from there
+(`handover`) and makes the answer, first token included. A request sent to a decode node is all made there.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
+from dispatcher.simulation.handover import LEASE_S, Handover
 from dispatcher.simulation.jumping_engine import JumpingEngine
 from dispatcher.simulation.policies.base import Arrival
 from dispatcher.simulation.profile import Profile
@@ -47,7 +52,7 @@ def coarse(profile: Profile, block_tokens: int) -> Profile:
 
 
 class Router(Protocol):
-    """Decides where requests go, by `FleetSimulation.send`."""
+    """Decides where requests go, by `FleetSimulation.send` and `hand_over`."""
 
     def start(self, fleet: FleetSimulation) -> None:
         """Begin, before all else."""
@@ -56,7 +61,7 @@ class Router(Protocol):
         """Take a request."""
 
     def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
-        """A request's prefill ended."""
+        """A request's first token was made where its answer is."""
 
     def finished(self, arrival: Arrival, node: int) -> None:
         """A request's answer ended."""
@@ -72,10 +77,22 @@ class Router(Protocol):
         """Whether `blocks_changed` is to be called."""
 
 
+@runtime_checkable
+class HandingRouter(Router, Protocol):
+    """A router for fleets where prefill and decode are apart."""
+
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """A prefill node has a request's prompt computed: hand it over to a decode node, now or later."""
+
+
 class FleetSimulation:
     """`nodes` engines, one router, one workload at `rate` times its own pace.
 
     Args:
+        decode: so many of the nodes, the last ones, are decode nodes and all others prefill nodes; 0 where
+            every node does both.
+    Raises:
+        ValueError: as many decode nodes as nodes, or a router that hands nothing over to them.
         profile: of a nominal node, with blocks of the workload's size (`coarse`).
         conditions: what is amiss, nothing when absent.
     """
@@ -89,9 +106,16 @@ class FleetSimulation:
         profile: Profile,
         rate: float,
         seed: int,
+        decode: int = 0,
         conditions: Conditions | None = None,
     ) -> None:
+        if not 0 <= decode < nodes:
+            raise ValueError(f"decode: expected 0 to {nodes - 1} of {nodes} nodes, seen {decode}")
         self.profile = profile
+        self.prefill_nodes = range(nodes - decode) if decode else range(0)
+        self.decode_nodes = range(nodes - decode, nodes) if decode else range(0)
+        self._handover = Handover(nodes, profile.kv_token_bytes)
+        self._handed: set[int] = set()
         self.conditions = conditions if conditions is not None else Conditions()
         self.block_tokens = workload.block_tokens
         self.speeds = self.conditions.speeds(nodes, seed)
@@ -102,6 +126,7 @@ class FleetSimulation:
         self.unfinished = workload.requests
         self.workload = workload
         self._router = router
+        self._handing = _handing(router) if decode else None
         self._rate = rate
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._numbers = 0
@@ -128,6 +153,14 @@ class FleetSimulation:
             self.call_at(self.now_s + after_s, self._submit, arrival, node)
         else:
             self._submit(arrival, node)
+
+    def hand_over(self, arrival: Arrival, node: int, *, after_s: float = 0.0) -> None:
+        """Send a request whose prompt a prefill node holds to a decode node, now or in `after_s` seconds."""
+        after_s += self.profile.request_s
+        if after_s > 0:
+            self.call_at(self.now_s + after_s, self._receive, arrival, node)
+        else:
+            self._receive(arrival, node)
 
     def refuse(self, arrival: Arrival) -> None:
         """End a request without an answer; the turns that would have followed never come."""
@@ -186,13 +219,66 @@ class FleetSimulation:
         engine = self.engines[node]
         self._at[arrival.number] = (arrival, node)
         self._router.before_change(node)
+        is_prefill = node in self.prefill_nodes
         engine.submit(
-            arrival.number, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks, self.now_s
+            arrival.number,
+            arrival.prompt_tokens,
+            1 if is_prefill else arrival.output_tokens,
+            arrival.blocks,
+            self.now_s,
+            keeps=is_prefill,
         )
         self._wake(node)
 
+    def _prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        del self._at[arrival.number]
+        self._handed.add(arrival.number)
+        self._cached += cached_tokens
+        self._handover.hold(arrival.number, node)
+        self.call_at(self.now_s + LEASE_S, self._expire, arrival.number)
+        assert self._handing is not None, "only fleets that are apart have prefill nodes"
+        self._handing.prefilled(arrival, node, cached_tokens)
+
+    def _expire(self, number: int) -> None:
+        source = self._handover.expire(number)
+        if source is not None:
+            self._release(number, source)
+
+    def _receive(self, arrival: Arrival, node: int) -> None:
+        if not self._handover.claim(arrival.number):
+            # The lease ended on the way: the decode node computes the prompt itself.
+            self._submit(arrival, node)
+            return
+        self._at[arrival.number] = (arrival, node)
+        self._router.before_change(node)
+        self.engines[node].submit(
+            arrival.number,
+            arrival.prompt_tokens,
+            arrival.output_tokens,
+            arrival.blocks,
+            self.now_s,
+            is_remote=True,
+        )
+        self._wake(node)
+
+    def _read(self, number: int, node: int) -> None:
+        """A prompt has come to a decode node."""
+        self._router.before_change(node)
+        self.engines[node].pulled(number, self.now_s)
+        self._wake(node)
+        self._release(number, self._handover.give_up(number))
+
+    def _release(self, number: int, source: int) -> None:
+        self._router.before_change(source)
+        self.engines[source].release(number, self.now_s)
+        self._wake(source)
+
     def _wake(self, node: int) -> None:
-        due = self.engines[node].due
+        engine = self.engines[node]
+        if engine.pulls:
+            for number, tokens in engine.take_pulls():
+                self.call_at(self._handover.read(number, node, tokens, self.now_s), self._read, number, node)
+        due = engine.due
         if due is not None and due != self._woken[node]:
             self._woken[node] = due
             self.call_at(due, self._advance, node)
@@ -215,10 +301,17 @@ class FleetSimulation:
             engine.cache.events.clear()
         for key, is_first, is_last, cached_tokens in made:
             arrival, _ = self._at[key]
+            if node in self.prefill_nodes:
+                self._prefilled(arrival, node, cached_tokens)
+                continue
             if is_first:
                 self._first[key] = self.now_s
                 self._ttft[key] = self.now_s - arrival.at_s
-                self._cached += cached_tokens
+                if key in self._handed:
+                    # What was cached counted where its prompt was computed.
+                    self._handed.discard(key)
+                else:
+                    self._cached += cached_tokens
                 router.first_token(arrival, node, cached_tokens)
             if is_last:
                 self._finish(arrival, node)
@@ -241,3 +334,9 @@ class FleetSimulation:
         if place + 1 < len(session):
             pause_s = session[place + 1].pause_s / self._rate
             self.call_at(self.now_s + pause_s, self._arrive, session, place + 1, arrival.session)
+
+
+def _handing(router: Router) -> HandingRouter:
+    if not isinstance(router, HandingRouter):
+        raise ValueError(f"router: expected one that hands prompts over, seen {type(router).__name__}")
+    return router

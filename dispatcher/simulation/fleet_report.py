@@ -27,12 +27,20 @@ class Times(Struct, frozen=True, kw_only=True):
     p99: float
 
 
+class RoleLoad(Struct, frozen=True, kw_only=True):
+    """How the load lay on the nodes of one role."""
+
+    load_max_over_mean: float
+    busy: float
+
+
 class Run(Struct, frozen=True, kw_only=True):
     """One policy at one rate and seed.
 
     `slo_attainment` is the share of all requests that were good (`goodput.Objectives`), `goodput_per_s` how
     many a second while requests arrive: how long the last answers are says nothing of the fleet. `completion`
-    is the share that was answered; `busy` the engines' share of the time.
+    is the share that was answered; `busy` the engines' share of the time. Of `nodes` `prefill` and `decode`
+    are apart, none where all do both; `by_role` is theirs alone, and `load_max_over_mean` then the larger.
     """
 
     policy: str
@@ -41,6 +49,8 @@ class Run(Struct, frozen=True, kw_only=True):
     rate: float
     per_s: float
     nodes: int
+    prefill: int = 0
+    decode: int = 0
     seed: int
     conditions: Conditions
     requests: int
@@ -52,6 +62,7 @@ class Run(Struct, frozen=True, kw_only=True):
     hit_ratio: float
     load_max_over_mean: float
     busy: float
+    by_role: dict[str, RoleLoad] = {}
     preemptions: int
     wall_s: float
 
@@ -80,6 +91,20 @@ def times_ms(seconds: Iterable[float]) -> Times:
     )
 
 
+def told_nodes(nodes: int, decode: int) -> str:
+    """How many nodes, by their roles."""
+    return f"{nodes - decode} prefill + {decode} decode" if decode else str(nodes)
+
+
+def load_of(busy_s: Sequence[float], span_s: float) -> RoleLoad:
+    """How the load lay on some engines."""
+    mean_s = sum(busy_s) / len(busy_s)
+    return RoleLoad(
+        load_max_over_mean=round(max(busy_s) / mean_s, 3) if mean_s else 1.0,
+        busy=round(mean_s / span_s, 4) if span_s else 0.0,
+    )
+
+
 def run_of(
     result: FleetResult,
     *,
@@ -89,6 +114,7 @@ def run_of(
     rate: float,
     per_s: float,
     nodes: int,
+    decode: int = 0,
     seed: int,
     objectives: Objectives,
     conditions: Conditions,
@@ -98,12 +124,17 @@ def run_of(
     Args:
         profile: of a nominal node, which the objectives go by.
         per_s: the offered load, in requests a second.
+        decode: so many of the nodes, the last ones, are decode nodes and the others prefill nodes.
     """
     requests = len(result.ttft_s)
     good = sum(map(objectives.judge(profile), result.ttft_s, result.tpot_s, result.prompt_tokens))
     answered = sum(1 for one in result.ttft_s if one < inf)
     prompts = sum(result.prompt_tokens)
-    mean_busy_s = sum(result.busy_s) / len(result.busy_s)
+    load = load_of(result.busy_s, result.span_s)
+    by_role: dict[str, RoleLoad] = {}
+    if decode:
+        by_role["prefill"] = load_of(result.busy_s[: nodes - decode], result.span_s)
+        by_role["decode"] = load_of(result.busy_s[nodes - decode :], result.span_s)
     return Run(
         policy=policy,
         trace=trace,
@@ -111,6 +142,8 @@ def run_of(
         rate=rate,
         per_s=round(per_s, 3),
         nodes=nodes,
+        prefill=nodes - decode if decode else 0,
+        decode=decode,
         seed=seed,
         conditions=conditions,
         requests=requests,
@@ -120,8 +153,9 @@ def run_of(
         slo_attainment=round(good / requests, 4),
         goodput_per_s=round(good / (result.arrivals_s or result.span_s or 1.0), 3),
         hit_ratio=round(result.cached_tokens / prompts, 4) if prompts else 0.0,
-        load_max_over_mean=round(max(result.busy_s) / mean_busy_s, 3) if mean_busy_s else 1.0,
-        busy=round(mean_busy_s / result.span_s, 4) if result.span_s else 0.0,
+        load_max_over_mean=max(one.load_max_over_mean for one in (list(by_role.values()) or [load])),
+        busy=load.busy,
+        by_role=by_role,
         preemptions=result.preemptions,
         wall_s=round(result.wall_s, 2),
     )
@@ -207,6 +241,28 @@ COLUMNS = (
     Column(name="busy", width=6, digits=0, unit="%", value=lambda run: 100 * run.busy),
     Column(name="wall s", width=7, digits=1, value=lambda run: run.wall_s),
 )
+
+
+def _by_role(role: str) -> tuple[Column, ...]:
+    return (
+        Column(
+            name=f"{role[0].upper()} max/mean",
+            width=11,
+            digits=2,
+            value=lambda run: run.by_role[role].load_max_over_mean,
+        ),
+        Column(name="busy", width=6, digits=0, unit="%", value=lambda run: 100 * run.by_role[role].busy),
+    )
+
+
+LOADS = ("max/mean", "busy")
+APART_COLUMNS = (
+    *(column for column in COLUMNS[:-1] if column.name not in LOADS),
+    *_by_role("prefill"),
+    *_by_role("decode"),
+    COLUMNS[-1],
+)
+"""Where prefill and decode are apart the load is told of each."""
 PLAIN = ("rate", "req/s", "wall s")
 """Columns that are told without an interval."""
 INTERVAL_WIDTH = 7
@@ -215,19 +271,21 @@ INTERVAL_WIDTH = 7
 def table(report: Report, objectives: Objectives) -> str:
     """The report for a terminal. Times are milliseconds; `±` is a 95 % interval over the seeds."""
     rows = by_rate(report.runs)
+    columns = APART_COLUMNS if any(run.decode for run in report.runs) else COLUMNS
     is_seeded = any(len(same) > 1 for same in rows.values())
     widths = [
-        column.width + (INTERVAL_WIDTH if is_seeded and column.name not in PLAIN else 0) for column in COLUMNS
+        column.width + (INTERVAL_WIDTH if is_seeded and column.name not in PLAIN else 0) for column in columns
     ]
     first = 2 + max(len("policy"), *(len(policy) for policy, _ in rows))
-    lines = [_line("policy", first, [column.name for column in COLUMNS], widths)]
+    lines = [_line("policy", first, [column.name for column in columns], widths)]
     for (policy, rate), same in rows.items():
         cells = [
             f"{rate:g}" if column.name == "rate" else column.cell(same[:1] if column.name in PLAIN else same)
-            for column in COLUMNS
+            for column in columns
         ]
         lines.append(_line(policy, first, cells, widths))
     lines += ["", f"good: {objectives}"]
+    lines += [f"nodes: {told_nodes(run.nodes, run.decode)} (P, D)" for run in report.runs[:1] if run.decode]
     lines += [f"amiss: {run.conditions}" for run in report.runs[:1] if str(run.conditions)]
     if report.knee:
         lines += _told_knees(report, first)

@@ -11,13 +11,13 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
 
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetSimulation, coarse
-from dispatcher.simulation.fleet_report import Run, run_of
-from dispatcher.simulation.fleet_workload import FleetWorkload
+from dispatcher.simulation.fleet_report import Run, run_of, told_nodes
+from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.jumping_engine import JumpingEngine
 from dispatcher.simulation.knee import search
@@ -37,20 +37,24 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Fleets:
-    """What all runs have in common. `workloads` is by seed: the same for all where arrivals are recorded."""
+    """What all runs have in common. `workloads` is by seed: the same for all where arrivals are recorded.
+
+    Of `nodes` the last `decode` are decode nodes and the others prefill nodes; 0 where all do both.
+    """
 
     workloads: Mapping[int, FleetWorkload]
     trace: str
     profile: Profile
     nodes: int
     objectives: Objectives
+    decode: int = 0
     conditions: Conditions = NOTHING_AMISS
 
     @property
     def title(self) -> str:
         """What was simulated, in a line."""
         requests = next(iter(self.workloads.values())).requests
-        fleet = f"{self.nodes} x {self.profile.name}"
+        fleet = f"{told_nodes(self.nodes, self.decode)} x {self.profile.name}"
         amiss = f"; {self.conditions}" if str(self.conditions) else ""
         return f"{self.trace}: {requests} requests, {fleet}{amiss}\ngood: {self.objectives}"
 
@@ -62,6 +66,7 @@ class Fleets:
             workload,
             router_of(task.policy)(),
             nodes=self.nodes,
+            decode=self.decode,
             profile=profile,
             rate=task.rate,
             seed=task.seed,
@@ -75,6 +80,7 @@ class Fleets:
             rate=task.rate,
             per_s=task.rate * workload.per_s,
             nodes=self.nodes,
+            decode=self.decode,
             seed=task.seed,
             objectives=self.objectives,
             conditions=self.conditions,
@@ -83,19 +89,42 @@ class Fleets:
     def carried(self, seed: int) -> float:
         """The rate that nominal engines carry when requests are dealt out in turn and none is ever idle."""
         workload = self.workloads[seed]
-        engines = [JumpingEngine(coarse(self.profile, workload.block_tokens)) for _ in range(self.nodes)]
+        profile = coarse(self.profile, workload.block_tokens)
         turns = [turn for session in workload.sessions for turn in session]
-        for number, turn in enumerate(turns):
-            engines[number % self.nodes].submit(
-                number, turn.prompt_tokens, turn.output_tokens, turn.blocks, 0.0
+        if self.decode:
+            busy_s = max(
+                _busy_s(
+                    [replace(turn, output_tokens=1) for turn in turns], self.nodes - self.decode, profile
+                ),
+                _busy_s(turns, self.decode, profile, are_remote=True),
             )
-        for engine in engines:
-            while engine.due is not None:
-                engine.advance()
-                engine.stored.clear()
-                engine.cache.events.clear()
-        busy_s = sum(engine.busy_s for engine in engines) / self.nodes
+        else:
+            busy_s = _busy_s(turns, self.nodes, profile)
         return len(turns) / busy_s / workload.per_s
+
+
+def _busy_s(turns: Sequence[Turn], nodes: int, profile: Profile, *, are_remote: bool = False) -> float:
+    """How long nodes are busy with turns that are dealt out to them, of which all are there from the start.
+
+    Args:
+        are_remote: the prompts come from elsewhere, at once.
+    """
+    engines = [JumpingEngine(profile) for _ in range(nodes)]
+    for number, turn in enumerate(turns):
+        engines[number % nodes].submit(
+            number, turn.prompt_tokens, turn.output_tokens, turn.blocks, 0.0, is_remote=are_remote
+        )
+    for engine in engines:
+        now_s = 0.0
+        while engine.pulls or engine.due is not None:
+            for number, _ in engine.take_pulls():
+                engine.pulled(number, now_s)
+            if engine.due is not None:
+                now_s = engine.due
+                engine.advance()
+            engine.stored.clear()
+            engine.cache.events.clear()
+    return sum(engine.busy_s for engine in engines) / nodes
 
 
 @dataclass(kw_only=True)

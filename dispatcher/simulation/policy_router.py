@@ -3,6 +3,9 @@
 A router polls all nodes at multiples of `poll_s`. Here a node's load is taken down when it is about to change
 for the first time since a poll, or when it is asked for: what a poll would have seen, for no work between.
 Where reports are late, earlier ones are kept until the next has arrived.
+
+Where prefill and decode are apart two policies choose, each among its own nodes: the one named, and what its
+original chooses decode nodes by (`Policy.for_decode`).
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ from dispatcher.simulation.policies.base import Arrival, Policy, Signal
 
 
 class FleetWorld:
-    """What a policy may ask: polled loads, the profile's prefill time, chance."""
+    """What a policy may ask: polled loads, the profile's prefill time, chance.
 
-    def __init__(self, fleet: FleetSimulation, poll_s: float) -> None:
-        self.nodes = len(fleet.engines)
+    Args:
+        first: the fleet's number of the policy's node 0.
+    """
+
+    def __init__(self, fleet: FleetSimulation, poll_s: float, first: int, nodes: int) -> None:
+        self.nodes = nodes
+        self._first = first
         self.block_tokens = fleet.block_tokens
         self.rng: Random = fleet.rng
         self._fleet = fleet
@@ -67,7 +75,7 @@ class FleetWorld:
 
     def speed(self, node: int) -> float:
         """How fast the node is: 1 is the profile's speed."""
-        return self._fleet.speeds[node]
+        return self._fleet.speeds[self._first + node]
 
     def prefill_s(self, uncached: int, cached: int) -> float:
         """Seconds that an idle engine of this profile takes, in one step; of a nominal node."""
@@ -75,7 +83,7 @@ class FleetWorld:
         return self._fleet.profile.step_s(uncached, pairs, cached, 0, 0)
 
     def _load(self, node: int, at_s: float) -> Signal:
-        engine = self._fleet.engines[node]
+        engine = self._fleet.engines[self._first + node]
         return Signal(
             at_s=at_s,
             running=engine.running,
@@ -86,48 +94,98 @@ class FleetWorld:
         )
 
 
+class _Seat:
+    """A policy at work on some of the fleet's nodes, which it numbers from 0."""
+
+    def __init__(self, policy: Policy, fleet: FleetSimulation, nodes: range) -> None:
+        self.policy = policy
+        self.first = nodes.start
+        self.world = FleetWorld(fleet, policy.poll_s, nodes.start, len(nodes))
+        policy.start(self.world)
+
+    def choose(self, arrival: Arrival) -> int:
+        """Return the fleet's number of the node that the policy chooses.
+
+        Raises:
+            ValueError: it named a node that isn't there.
+        """
+        node = self.policy.choose(arrival)
+        if not 0 <= node < self.world.nodes:
+            raise ValueError(
+                f"policy {self.policy.name}: expected a node from 0 to {self.world.nodes - 1}, seen {node}"
+            )
+        return self.first + node
+
+
 class PolicyRouter:
-    """A policy at work."""
+    """A policy at work, and where prefill and decode are apart another for decode nodes."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self._decode_policy = policy.for_decode()
         self.wants_blocks = policy.wants_kv_events
 
     def start(self, fleet: FleetSimulation) -> None:
         """Begin, before all else."""
         self._fleet = fleet
-        self._world = FleetWorld(fleet, self._policy.poll_s)
-        self._policy.start(self._world)
+        nodes = fleet.decode_nodes
+        self._seat = _Seat(self._policy, fleet, fleet.prefill_nodes or range(len(fleet.engines)))
+        self._decode = _Seat(self._decode_policy, fleet, nodes) if nodes else None
+        self._decode_from = nodes.start if nodes else len(fleet.engines)
+        if nodes:
+            self.wants_blocks |= self._decode_policy.wants_kv_events
+        # The decode node of each request that was bound to one and whose prompt is being computed.
+        self._bound: dict[int, int] = {}
 
     def arrive(self, arrival: Arrival) -> None:
-        """Bind a request at once.
+        """Bind a request at once."""
+        decode = self._decode
+        if decode is not None and not decode.policy.binds_late:
+            node = decode.choose(arrival)
+            if not decode.policy.wants_prefill(arrival, node - decode.first):
+                self._fleet.send(arrival, node)
+                return
+            self._bound[arrival.number] = node
+        self._fleet.send(arrival, self._seat.choose(arrival))
 
-        Raises:
-            ValueError: the policy named a node that isn't there.
-        """
-        node = self._policy.choose(arrival)
-        if not 0 <= node < self._world.nodes:
-            raise ValueError(
-                f"policy {self._policy.name}: expected a node from 0 to {self._world.nodes - 1}, seen {node}"
-            )
-        self._fleet.send(arrival, node)
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """Tell the policy that its part is done, and send the request on."""
+        policy, decode = self._seat.policy, self._decode
+        assert decode is not None, "a fleet without decode nodes has nothing to hand over"
+        policy.first_token(arrival, node)
+        policy.finished(arrival, node)
+        bound = self._bound.pop(arrival.number, None)
+        self._fleet.hand_over(arrival, decode.choose(arrival) if bound is None else bound)
 
     def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
         """Tell the policy."""
-        self._policy.first_token(arrival, node)
+        seat = self._seat_of(node)
+        seat.policy.first_token(arrival, node - seat.first)
 
     def finished(self, arrival: Arrival, node: int) -> None:
         """Tell the policy."""
-        self._policy.finished(arrival, node)
+        seat = self._seat_of(node)
+        seat.policy.finished(arrival, node - seat.first)
 
     def before_change(self, node: int) -> None:
         """Keep what the last poll saw."""
-        self._world.take_down(node)
+        seat = self._seat_of(node)
+        seat.world.take_down(node - seat.first)
 
     def blocks_changed(self, node: int, stored: Sequence[int], removed: Sequence[int]) -> None:
         """Tell the policy, as late as events travel."""
-        at_s = self._fleet.now_s + self._policy.kv_event_delay_s
+        seat = self._seat_of(node)
+        policy = seat.policy
+        if not policy.wants_kv_events:
+            return
+        at_s = self._fleet.now_s + policy.kv_event_delay_s
         if stored:
-            self._fleet.call_at(at_s, self._policy.stored, node, stored)
+            self._fleet.call_at(at_s, policy.stored, node - seat.first, stored)
         if removed:
-            self._fleet.call_at(at_s, self._policy.removed, node, removed)
+            self._fleet.call_at(at_s, policy.removed, node - seat.first, removed)
+
+    def _seat_of(self, node: int) -> _Seat:
+        if node < self._decode_from:
+            return self._seat
+        assert self._decode is not None
+        return self._decode

@@ -18,7 +18,7 @@ from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn, open_loop, read_workload
 from dispatcher.simulation.live_router import LiveRouter
-from dispatcher.simulation.policies import BY_NAME, Arrival, World
+from dispatcher.simulation.policies import BY_NAME, Arrival, Policy, World
 from dispatcher.simulation.policy_router import PolicyRouter
 from dispatcher.simulation.profiles import PROFILES
 
@@ -61,7 +61,7 @@ def simulate(
     ).run()
 
 
-class Noted:
+class Noted(Policy):
     """The first node for all; keeps what it was told."""
 
     name = "noted"
@@ -91,6 +91,9 @@ class Noted:
 
     def removed(self, node: int, blocks: Sequence[int]) -> None:
         self.blocks.append((self.world.now_s, node, tuple(blocks)))
+
+    def for_decode(self) -> Policy:
+        return Noted()
 
 
 def round_robin() -> PolicyRouter:

@@ -14,7 +14,17 @@ import pytest
 from dispatcher.cli import main
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult
-from dispatcher.simulation.fleet_report import Report, Run, Times, estimate, knees, run_of, table, times_ms
+from dispatcher.simulation.fleet_report import (
+    Report,
+    RoleLoad,
+    Run,
+    Times,
+    estimate,
+    knees,
+    run_of,
+    table,
+    times_ms,
+)
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
@@ -122,6 +132,81 @@ def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "dropped_kv_events": 0.1,
     }
     assert [one["conditions"] for one in json.loads(path.read_text())["runs"]] == [conditions] * 2
+
+
+def test_prefill_and_decode_apart_are_told_each_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, picture = tmp_path / "report.json", tmp_path / "sweep.png"
+    arguments = ["simulate", "--requests", "120", "--prefill", "3", "--decode", "2", "--sweep"]
+    policies = ["--policy", "lmetric", "--policy", "round_robin"]
+    assert main([*arguments, *policies, "--json", str(path), "--plot", str(picture)]) == 0
+    header, *_ = printed = capsys.readouterr().out.splitlines()
+    assert "P max/mean" in header
+    assert "D max/mean" in header
+    assert "nodes: 3 prefill + 2 decode (P, D)" in printed
+    report = json.loads(path.read_text())
+    assert report["knee"]["lmetric"] > 0
+    for one in report["runs"]:
+        assert (one["nodes"], one["prefill"], one["decode"]) == (5, 3, 2)
+        assert one["completion"] == 1
+        loads = [one["by_role"][role]["load_max_over_mean"] for role in ("prefill", "decode")]
+        assert min(loads) >= 1
+        assert one["load_max_over_mean"] == max(loads)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_load_is_told_within_each_role() -> None:
+    result = FleetResult(
+        ttft_s=[0.5],
+        tpot_s=[0.01],
+        prompt_tokens=[100],
+        cached_tokens=0,
+        busy_s=[1.0, 3.0, 8.0, 8.0],
+        preemptions=0,
+        arrivals_s=2.0,
+        span_s=10.0,
+        wall_s=0.0,
+    )
+    told = run_of(
+        result,
+        policy="a",
+        trace="t",
+        profile=PROFILES["h100-llama-8b"],
+        rate=1.0,
+        per_s=2.0,
+        nodes=4,
+        decode=2,
+        seed=1,
+        objectives=Objectives(),
+        conditions=Conditions(),
+    )
+    assert told.by_role == {
+        "prefill": RoleLoad(load_max_over_mean=1.5, busy=0.2),
+        "decode": RoleLoad(load_max_over_mean=1.0, busy=0.8),
+    }
+    assert (told.prefill, told.decode, told.load_max_over_mean, told.busy) == (2, 2, 1.5, 0.5)
+
+
+def test_every_policy_of_the_field_is_simulated_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--requests", "20", "--prefill", "2", "--decode", "1", "--jobs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : lines.index("")]] == list(BY_NAME)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prefill", "2"], "seen --nodes None --prefill 2 --decode None"),
+        (["--nodes", "4", "--prefill", "2", "--decode", "2"], "leave out what does not belong"),
+        (["--prefill", "2", "--decode", "2", "--policy", "flexlb"], "hands prompts over"),
+    ],
+)
+def test_nodes_are_of_one_kind_or_of_two(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--requests", "20", *arguments]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["2:0.5", "0.3", "0.3:0", "x:y"])

@@ -5,13 +5,17 @@ from collections import Counter
 import pytest
 
 from dispatcher.simulation.policies import Arrival, Policy, Signal
+from dispatcher.simulation.policies.dynamo_decode import DynamoDecode
 from dispatcher.simulation.policies.dynamo_kv import DynamoKV
+from dispatcher.simulation.policies.least_kv import LeastKV
+from dispatcher.simulation.policies.least_requests import LeastRequests
 from dispatcher.simulation.policies.llmd_sticky import LLMDSticky
 from dispatcher.simulation.policies.llmd_weighted import LLMDWeighted
 from dispatcher.simulation.policies.lmetric import LPWL, LMetric
 from dispatcher.simulation.policies.mooncake import Mooncake
 from dispatcher.simulation.policies.outstanding_tokens import LeastOutstandingTokens
 from dispatcher.simulation.policies.rtp_llm_cost import RTPLLMCost
+from dispatcher.simulation.policies.rtp_llm_decode import RTPLLMDecode
 from dispatcher.simulation.policies.sglang_cache_aware import SGLangCacheAware
 from dispatcher.simulation.policies.smg_expected_wait import SMGExpectedWait
 from tests.support.policy_world import PolicyWorld
@@ -407,3 +411,153 @@ class TestRTPLLMCost:
         # 17 = 20 * 0.85.
         policy.finished(prompts[2], 0)
         assert policy.choose(ask(52, 500_000, range(5000))) == 0
+
+
+class TestLeastKV:
+    def test_the_least_share_of_its_own_cache_until_the_answer_ends(self) -> None:
+        policy = LeastKV()
+        world = PolicyWorld(2, 0, 16)
+        world.signals[1].total_blocks = 5_000
+        world.begin(policy)
+        # 100 blocks are 0.01 of node 0 and 0.02 of node 1. 99 more: 0.0199 of node 0, 0.0198 of node 1.
+        assert policy.choose(ask(0, 1_600, ())) == 0
+        assert policy.choose(ask(1, 1_584, ())) == 1
+        # 0.02 and 0.0398.
+        assert policy.choose(ask(2, 1_600, ())) == 0
+        policy.first_token(ask(1, 1_584, ()), 1)
+        policy.finished(ask(1, 1_584, ()), 1)
+        # 0.03 and 0.02.
+        assert policy.choose(ask(3, 1_600, ())) == 1
+
+
+class TestLeastRequests:
+    def test_the_least_occupied_in_rotation(self) -> None:
+        policy = LeastRequests(ties="rotation")
+        begin(policy, 3)
+        assert [policy.choose(ask(number, 160, ())) for number in range(4)] == [0, 1, 2, 0]
+        policy.finished(ask(1, 160, ()), 1)
+        # 2, 0, 1; then 2, 1, 1: the first after node 1 is node 2.
+        assert [policy.choose(ask(number, 160, ())) for number in range(4, 6)] == [1, 2]
+
+    def test_a_prompt_that_is_nearly_there_needs_no_prefill_node(self) -> None:
+        policy = LeastRequests(non_cached_tokens=32)
+        begin(policy, 1)
+        asked = []
+        for tokens, blocks in ((160, range(10)), (192, range(12)), (191, range(11)), (191, range(11))):
+            prompt = ask(0, tokens, blocks)
+            asked.append(policy.wants_prefill(prompt, policy.choose(prompt)))
+        # 160 to compute; 192 - 160 = 32; 191 - 176 = 15, as 11 of its blocks are among the 12.
+        assert asked == [True, True, False, False]
+
+    def test_without_a_limit_a_prefill_node_is_asked_always(self) -> None:
+        policy = LeastRequests()
+        begin(policy, 1)
+        assert [policy.wants_prefill(ask(0, 1, ()), policy.choose(ask(0, 1, ()))) for _ in range(3)] == [
+            True
+        ] * 3
+
+
+class TestDynamoDecode:
+    def test_the_fewest_active_blocks_each_counted_for_itself(self) -> None:
+        policy = DynamoDecode()
+        begin(policy, 2)
+        first = policy.choose(ask(0, 160, range(10)))
+        other = 1 - first
+        # The same ten blocks count again: 20 against 10; then 11 against 10, whatever is prefilled.
+        assert policy.choose(ask(1, 176, range(11))) == other
+        assert policy.choose(ask(2, 160, range(10))) == first
+        policy.first_token(ask(1, 176, range(11)), other)
+        # 20 against 11 until the one of eleven ends, then against none.
+        assert policy.choose(ask(3, 160, range(10))) == other
+        policy.finished(ask(0, 160, range(10)), first)
+        policy.finished(ask(2, 160, range(10)), first)
+        assert policy.choose(ask(4, 16, (7,))) == first
+
+    def test_requests_count_when_they_have_a_weight(self) -> None:
+        policy = DynamoDecode(decode_active_request_weight=64.0)
+        begin(policy, 2)
+        first = policy.choose(ask(0, 16, (1,)))
+        assert policy.choose(ask(1, 160, range(10))) == 1 - first
+        # 1 + 64 against 10 + 64.
+        assert policy.choose(ask(2, 16, (1,))) == first
+        # 2 + 128 against 10 + 64.
+        assert policy.choose(ask(3, 16, (1,))) == 1 - first
+
+    def test_running_requests_are_forgotten_after_five_minutes(self) -> None:
+        policy = DynamoDecode()
+        world = begin(policy, 2)
+        first = policy.choose(ask(0, 1_600, range(100)))
+        world.now_s = 299.0
+        assert policy.choose(ask(1, 160, range(10))) == 1 - first
+        world.now_s = 361.0
+        assert policy.choose(ask(2, 16, (1,))) == first
+        # The end of a forgotten one takes nothing away a second time.
+        policy.finished(ask(0, 1_600, range(100)), first)
+        assert policy.choose(ask(3, 16, (1,))) == first
+
+    def test_it_is_chosen_when_the_prompt_is_computed(self) -> None:
+        assert DynamoDecode.binds_late
+        assert not any(
+            policy.binds_late for policy in (LeastKV, LeastRequests, RTPLLMDecode, SGLangCacheAware)
+        )
+
+
+class TestRTPLLMDecode:
+    def test_reservations_count_until_a_report_has_them(self) -> None:
+        policy = RTPLLMDecode()
+        world = begin(policy, 1)
+        world.signals[0].active_blocks = 100
+        policy.choose(ask(0, 500, ()))
+        policy.choose(ask(1, 300, ()))
+        # 1,600 reported, 800 and twice 1,000 expected; 160,000 - 1,600 - 800 are free.
+        assert policy.tokens() == ([4_400], [157_600])
+        policy.first_token(ask(0, 500, ()), 0)
+        assert policy.tokens() == ([2_900], [158_100])
+        policy.finished(ask(0, 500, ()), 0)
+        policy.finished(ask(1, 300, ()), 0)
+        assert policy.tokens() == ([1_600], [158_400])
+
+    def test_filters(self) -> None:
+        policy = RTPLLMDecode()
+        begin(policy, 3)
+        # Too little room on node 0, more than three times the mean (4,000) used on node 2.
+        assert policy.survivors([0, 0, 12_000], [99, 100, 100], 100) == [1, 2]
+        assert policy.survivors([0, 0, 12_001], [100, 100, 100], 100) == [0, 1, 2]
+        begin(wide := RTPLLMDecode(imbalance_multiplier=1.0), 3)
+        assert wide.survivors([0, 0, 12_000], [100, 100, 100], 100) == [0, 1]
+        # No room anywhere: the least used.
+        assert policy.survivors([5, 3, 4], [0, 0, 0], 1) == [1]
+
+    def test_a_hot_spot_has_more_than_three_times_the_mean(self) -> None:
+        policy = RTPLLMDecode(decay=0.0)
+        world = begin(policy, 4)
+        for node in range(3):
+            world.signals[node].active_blocks = 10_000
+        # Three are full: all go to node 3, four times the mean; then nobody is left, and the least used is.
+        assert [policy.choose(ask(number, 100, ())) for number in range(3)] == [3, 3, 3]
+
+    def test_the_weight_falls_with_absolute_tokens(self) -> None:
+        policy = RTPLLMDecode()
+        world = begin(policy, 2)
+        world.signals[1].active_blocks = 62
+        world.signals[0].active_blocks = 31
+        counts: Counter[int] = Counter()
+        for number in range(2000):
+            prompt = ask(number, 160, ())
+            node = policy.choose(prompt)
+            counts[node] += 1
+            policy.finished(prompt, node)
+        # exp(-0.001 * 496) = 0.609 against 1: 0.3785 of 2,000, give or take five deviations of 22.
+        assert counts[1] == pytest.approx(757, abs=110)
+
+
+class TestLLMDWeightedDecider:
+    def test_enough_must_be_left_to_compute(self) -> None:
+        policy = LLMDWeighted(non_cached_tokens=16)
+        begin(policy, 1)
+        asked = []
+        for tokens in (176, 176, 175, 160):
+            prompt = ask(0, tokens, range(10))
+            asked.append(policy.wants_prefill(prompt, policy.choose(prompt)))
+        # Nothing there; then 160 of 176 are: 16 left; 15; none.
+        assert asked == [True, True, False, False]

@@ -74,18 +74,31 @@ class Policy(Protocol):
 
     `poll_s` is the age that signals may have, 0 for a policy that never polls. KV events are delivered
     `kv_event_delay_s` after they happened, and only when `wants_kv_events`.
+
+    Where prefill and decode are apart there is one for each, and each sees its own nodes only: the one for
+    prefill learns of a first token and of the end when the prompt is computed. The one for decode chooses at
+    the arrival, before the other, or with `binds_late` when the prompt is computed.
     """
 
     name: str
     poll_s: float
     wants_kv_events: bool
     kv_event_delay_s: float
+    binds_late: bool = False
 
     def start(self, world: World) -> None:
         """Begin with nothing known, for a fleet of `world.nodes`; called once, before all else."""
 
     def choose(self, arrival: Arrival) -> int:
         """Return the index of the node that gets the request; account for it at once."""
+
+    def for_decode(self) -> Policy:
+        """Return what the same router chooses decode nodes by; nothing has begun."""
+        ...
+
+    def wants_prefill(self, arrival: Arrival, node: int) -> bool:
+        """Tell of the request last sent to a decode node whether a prefill node computes its prompt."""
+        return True
 
     def first_token(self, arrival: Arrival, node: int) -> None:
         """Learn that the request's prefill ended."""

@@ -1,4 +1,7 @@
-"""Policies that look at nothing: a node by chance, or the next in turn. Every router's baselines."""
+"""Policies that look at nothing: a node by chance, or the next in turn. Every router's baselines.
+
+Decode nodes are chosen in the same way.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ class Random(Policy):
         """Return any node."""
         return int(self._rng.random() * self._nodes)
 
+    def for_decode(self) -> Policy:
+        """Any decode node."""
+        return Random()
+
 
 class RoundRobin(Policy):
     """Each node in turn."""
@@ -41,3 +48,7 @@ class RoundRobin(Policy):
         node = self._next
         self._next = (node + 1) % self._nodes
         return node
+
+    def for_decode(self) -> Policy:
+        """Each decode node in turn."""
+        return RoundRobin()

@@ -12,21 +12,18 @@ In blocks; lower is better; `raw` is fractional:
 router's own: booked at the choice (prompt minus cached), prefill released at the first token, blocks at the
 end; forgotten after 300 s, in sweeps each 60 s, also when still running, as the original does. Caches are
 known from KV events. Temperature 0 takes any least cost; above it, a softmax over costs scaled to [0, 1] is
-sampled.
+sampled. Decode workers are chosen without credit (`dynamo_decode`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from dispatcher.simulation.policies.base import Arrival, Policy, World
-from dispatcher.simulation.policies.picking import least
+from dispatcher.simulation.policies.dynamo_decode import EXPIRY_S, SWEEP_S, DynamoDecode
+from dispatcher.simulation.policies.picking import least, sampled
 from dispatcher.simulation.policies.prefix_view import EventView, run_lengths
-
-EXPIRY_S = 300.0
-SWEEP_S = 60.0
 
 
 class _Booked(NamedTuple):
@@ -79,7 +76,10 @@ class DynamoKV(Policy):
             self._sweep()
         cached = self._view.runs(arrival.blocks)
         costs = self.costs(arrival, cached)
-        node = self._sample(costs) if self._temperature > 0 else least(costs, world.rng)
+        if self._temperature > 0:
+            node = sampled(costs, self._temperature, world.rng)
+        else:
+            node = least(costs, world.rng)
         self._book(arrival, node, cached[node])
         return node
 
@@ -104,14 +104,6 @@ class DynamoKV(Policy):
                 (self._scale * adjusted if adjusted > 0 else 0.0) + decode + self._request_weight * requests
             )
         return costs
-
-    def _sample(self, costs: list[float]) -> int:
-        low, high = min(costs), max(costs)
-        if low == high:
-            return int(self._world.rng.random() * len(costs))
-        scale = (high - low) * self._temperature
-        weights = [math.exp((low - cost) / scale) for cost in costs]
-        return self._world.rng.choices(range(len(costs)), weights)[0]
 
     def _book(self, arrival: Arrival, node: int, cached: int) -> None:
         tokens = max(0, arrival.prompt_tokens - cached * self._world.block_tokens)
@@ -168,6 +160,10 @@ class DynamoKV(Policy):
             expired.append(number)
         for number in expired:
             self._free(number)
+
+    def for_decode(self) -> Policy:
+        """The same router without credit for overlap."""
+        return DynamoDecode(decode_active_request_weight=self._request_weight, temperature=self._temperature)
 
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Apply a KV event."""

@@ -10,6 +10,9 @@ are none:
 uncached there), counted up to 4,194,304, among equals any. Tokens are the router's own account, released at
 the first token; nothing is scraped. The original's throughput is of its reference fleet: its recipe wants
 the measured one.
+
+Decode nodes: the fewest active requests, its recipe where decoding is what binds, and its decider
+(`least_requests`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 
 from dispatcher.simulation.policies.accounting import InFlight
 from dispatcher.simulation.policies.base import Arrival, Policy, World
+from dispatcher.simulation.policies.least_requests import LeastRequests
 from dispatcher.simulation.policies.llmd_weighted import matchable, routed_view
 from dispatcher.simulation.policies.picking import least
 from dispatcher.simulation.policies.prefix_view import EventView
@@ -40,7 +44,9 @@ class LLMDSticky(Policy):
         exploration: float = 0.0,
         kv_events: bool = False,
         kv_event_delay_s: float = 0.005,
+        non_cached_tokens: int = 16,
     ) -> None:
+        self._non_cached_tokens = non_cached_tokens
         self.wants_kv_events = kv_events
         self.kv_event_delay_s = kv_event_delay_s
         self._threshold = affinity_threshold
@@ -95,6 +101,10 @@ class LLMDSticky(Policy):
     def finished(self, arrival: Arrival, node: int) -> None:
         """Release the request."""
         self._load.ended(arrival.number, node)
+
+    def for_decode(self) -> Policy:
+        """The fewest active requests."""
+        return LeastRequests(non_cached_tokens=self._non_cached_tokens)
 
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Apply a KV event."""

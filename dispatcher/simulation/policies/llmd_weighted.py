@@ -9,6 +9,9 @@ Rank is the order in which nodes last received such a cold prompt, those that ne
 order. The highest sum is picked, among equals any. Loads are scraped each 50 ms. Caches are known by own
 routing, an LRU of each node's size (`approx-prefix-cache-producer`), or with `kv_events` from the engines
 ("precise").
+
+Decode nodes are chosen by the same scorers, before the prefill node. `prefix-based-pd-decider` then has the
+decode node compute the prompt too when that leaves it fewer than `non_cached_tokens` to compute.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ class LLMDWeighted(Policy):
         kv_events: bool = False,
         kv_event_delay_s: float = 0.005,
         poll_s: float = 0.05,
+        non_cached_tokens: int = 16,
     ) -> None:
+        self._non_cached_tokens = non_cached_tokens
         self.poll_s = poll_s
         self.wants_kv_events = kv_events
         self.kv_event_delay_s = kv_event_delay_s
@@ -75,7 +80,25 @@ class LLMDWeighted(Policy):
         if is_cold:
             self._cold.move_to_end(node)
         self._view.routed(node, blocks)
+        self._uncached_tokens = arrival.prompt_tokens - hits[node] * self._world.block_tokens
         return node
+
+    def wants_prefill(self, arrival: Arrival, node: int) -> bool:
+        """As the decider has it: enough is left to compute."""
+        return self._uncached_tokens >= self._non_cached_tokens
+
+    def for_decode(self) -> Policy:
+        """The same scorers, with nothing routed."""
+        return LLMDWeighted(
+            prefix_weight=self._prefix_weight,
+            queue_weight=self._queue_weight,
+            kv_weight=self._kv_weight,
+            no_hit_lru_weight=self._lru_weight,
+            kv_events=self.wants_kv_events,
+            kv_event_delay_s=self.kv_event_delay_s,
+            poll_s=self.poll_s,
+            non_cached_tokens=self._non_cached_tokens,
+        )
 
     def _scores(self, hits: Sequence[int], blocks: int, is_cold: bool) -> list[float]:
         world = self._world

@@ -7,6 +7,9 @@ As vllm-router 0.1.17's `kv_aware` does it (`src/policies/kv_aware.rs`):
 e = 1 is LMetric; e = 0 is LPWL (gahow/agentic-kvc: `pending_prefill_tokens + max(0, input - hit)`). The
 last token of a prompt is never cached. Ties go to the smaller batch, then to any. Tokens are released at
 the first token, requests at their end, all by the router's own account; caches are known from KV events.
+
+vllm-router takes the least occupied decode node, in rotation (`least_requests`); LPWL has no mode with
+prefill and decode apart, and takes the least KV use (`least_kv`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections.abc import Sequence
 
 from dispatcher.simulation.policies.accounting import InFlight
 from dispatcher.simulation.policies.base import Arrival, Policy, World
+from dispatcher.simulation.policies.least_kv import LeastKV
+from dispatcher.simulation.policies.least_requests import LeastRequests
 from dispatcher.simulation.policies.picking import least
 from dispatcher.simulation.policies.prefix_view import EventView
 
@@ -68,6 +73,10 @@ class LMetric(Policy):
         """Release the request."""
         self._load.ended(arrival.number, node)
 
+    def for_decode(self) -> Policy:
+        """The least occupied, in rotation."""
+        return LeastRequests(ties="rotation")
+
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Apply a KV event."""
         self._view.stored(node, blocks)
@@ -84,3 +93,7 @@ class LPWL(LMetric):
 
     def __init__(self, *, kv_event_delay_s: float = 0.005) -> None:
         super().__init__(batch_exponent=0.0, kv_event_delay_s=kv_event_delay_s)
+
+    def for_decode(self) -> Policy:
+        """The least KV use."""
+        return LeastKV()

@@ -9,7 +9,7 @@ nodes' own announcements.
 Here nothing moves KV between nodes, so the branch of the algorithm that would (a prefix elsewhere longer by
 `kvcache_balancing_threshold` times is fetched) is left out, and with it the copies of hot prefixes: what
 remains is the paper's "cache-aware" scheduling. Nor does it turn requests away whose TTFT would be above
-their SLO.
+their SLO. For the decode node it says no more than "by load": the least KV use (`least_kv`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dispatcher.simulation.policies.base import Arrival, Policy, World
+from dispatcher.simulation.policies.least_kv import LeastKV
 from dispatcher.simulation.policies.picking import least
 from dispatcher.simulation.policies.prefix_view import EventView
 
@@ -59,6 +60,10 @@ class Mooncake(Policy):
     def finished(self, arrival: Arrival, node: int) -> None:
         """Take it out of the queue if it never gave a first token."""
         self.first_token(arrival, node)
+
+    def for_decode(self) -> Policy:
+        """The least KV use."""
+        return LeastKV()
 
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Apply a KV event."""

@@ -2,6 +2,7 @@
 
 The token-weighted kin of least-request balancing; as llm-d's `token-load-scorer` alone (llm-d-router,
 `pkg/epp/framework/plugins/scheduling/scorer/tokenload`) when tokens are released at the first token.
+It has no mode with prefill and decode apart: decode nodes by the least KV use (`least_kv`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dispatcher.simulation.policies.base import Arrival, Policy, World
+from dispatcher.simulation.policies.least_kv import LeastKV
 from dispatcher.simulation.policies.picking import least
 
 
@@ -43,3 +45,7 @@ class LeastOutstandingTokens(Policy):
         """Release the tokens, if they are held for the whole answer."""
         if self._until == "finished":
             self._tokens[node] -= arrival.prompt_tokens
+
+    def for_decode(self) -> Policy:
+        """The least KV use."""
+        return LeastKV()

@@ -1,7 +1,8 @@
-"""Least, and equal to the least: how most originals end a decision, by reservoir sampling or a shuffle."""
+"""How originals end a decision: the least, by reservoir sampling or a shuffle among equals; or by softmax."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -15,6 +16,16 @@ def least(costs: Sequence[float], rng: random.Random) -> int:
         for _ in range(int(rng.random() * equals)):
             place = costs.index(best, place + 1)
     return place
+
+
+def sampled(costs: Sequence[float], temperature: float, rng: random.Random) -> int:
+    """Return a place by softmax over costs scaled to [0, 1]."""
+    low, high = min(costs), max(costs)
+    if low == high:
+        return int(rng.random() * len(costs))
+    scale = (high - low) * temperature
+    weights = [math.exp((low - cost) / scale) for cost in costs]
+    return rng.choices(range(len(costs)), weights)[0]
 
 
 def least_within(costs: Sequence[float], tolerance: float, rng: random.Random) -> int:

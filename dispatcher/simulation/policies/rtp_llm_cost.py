@@ -10,6 +10,8 @@ max(10 %, 20 ms) of the least score is taken.
 
 The original's predictor is a formula in its configuration, to be calibrated: here it is the profile's.
 Caches are polled as full key sets each 50 to 3,000 ms; here events are as late as its first period, 100 ms.
+
+The decode engine is chosen first (`rtp_llm_decode`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from dispatcher.simulation.policies.base import Arrival, Policy, World
 from dispatcher.simulation.policies.picking import least_within
 from dispatcher.simulation.policies.prefix_view import EventView
+from dispatcher.simulation.policies.rtp_llm_decode import RTPLLMDecode
 
 
 class RTPLLMCost(Policy):
@@ -111,6 +114,10 @@ class RTPLLMCost(Policy):
         self._pending[node] -= 1
         if self._pending[node] <= self._open_again:
             self._closed[node] = False
+
+    def for_decode(self) -> Policy:
+        """The original's strategy for decode engines."""
+        return RTPLLMDecode()
 
     def stored(self, node: int, blocks: Sequence[int]) -> None:
         """Apply a KV event."""

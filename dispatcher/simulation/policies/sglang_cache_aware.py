@@ -7,7 +7,7 @@
 
 L counts the requests that this router has in flight on each node. Argmin is the first of equals: so the
 original sends all of an idle fleet's first requests to node 0. `tie="random"` is what a user would wish it
-did.
+did. Decode nodes are chosen by the same policy, with counts and a tree of their own (no `--decode-policy`).
 """
 
 from __future__ import annotations
@@ -83,3 +83,14 @@ class SGLangCacheAware(Policy):
     def finished(self, arrival: Arrival, node: int) -> None:
         """Count it no longer."""
         self._load[node] -= 1
+
+    def for_decode(self) -> Policy:
+        """The same, with nothing in it."""
+        return SGLangCacheAware(
+            cache_threshold=self._cache_threshold,
+            balance_abs_threshold=self._balance_abs,
+            balance_rel_threshold=self._balance_rel,
+            eviction_interval_s=self._eviction_interval_s,
+            max_tree_chars=self._max_tree_chars,
+            tie=self._tie,
+        )

@@ -11,6 +11,8 @@ tree (gRPC workers without KV events). For the tenants of the deepest match of m
 The holder with the least W that is not over; when all are, the least W of the nodes that aren't over, which
 becomes a tenant too. A miss goes to the least W of all. Of a pool above 32 nodes only the holders and 16
 others are read.
+
+Decode nodes are chosen by the same policy, with counts and a tree of their own (no `--decode-policy`).
 """
 
 from __future__ import annotations
@@ -154,3 +156,19 @@ class SMGExpectedWait(Policy):
         """Count it no longer."""
         self._load[node] -= 1
         self._total_load -= 1
+
+    def for_decode(self) -> Policy:
+        """The same, with nothing in it."""
+        return SMGExpectedWait(
+            cache_threshold=self._cache_threshold,
+            balance_abs_threshold=self._balance_abs,
+            balance_rel_threshold=self._balance_rel,
+            kv_pressure_weight_s=self._weight_s,
+            mean_prefill_tokens=self._mean_prefill,
+            throughput=self._throughput,
+            overload_waiting=self._overload_waiting,
+            overload_usage=self._overload_usage,
+            max_tree_tokens=self._max_tree_tokens,
+            eviction_interval_s=self._eviction_interval_s,
+            poll_s=self.poll_s,
+        )

@@ -1,0 +1,254 @@
+"""The simulated fleet with prefill and decode apart: what a request's way takes, and who is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
+from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
+from dispatcher.simulation.handover import HOP_S, LEASE_S, LINK_BYTES_PER_S, Handover
+from dispatcher.simulation.live_router import LiveRouter
+from dispatcher.simulation.policies import BY_NAME, Arrival, Policy, World
+from dispatcher.simulation.policies.llmd_weighted import LLMDWeighted
+from dispatcher.simulation.policy_router import PolicyRouter
+from dispatcher.simulation.profiles import PROFILES
+
+BLOCK = 256
+TEST = replace(coarse(PROFILES["test"], BLOCK), prefill_token_s=1e-4, kv_blocks=1_000)
+TOKEN_S = TEST.kv_token_bytes / LINK_BYTES_PER_S
+
+
+def turns(*prompts: tuple[float, int, tuple[int, ...]], output_tokens: int = 5) -> FleetWorkload:
+    """One turn a session: when, how many tokens, which blocks."""
+    sessions = [
+        [Turn(pause_s=at_s, prompt_tokens=tokens, output_tokens=output_tokens, blocks=blocks)]
+        for at_s, tokens, blocks in prompts
+    ]
+    return FleetWorkload(sessions=sessions, block_tokens=BLOCK, per_s=1.0)
+
+
+def stems(requests: int = 400) -> FleetWorkload:
+    """Prompts of one of 16 stems of eight blocks and a block of their own."""
+    rng = Random(3)
+    at_s, prompts = 0.0, []
+    for number in range(requests):
+        at_s += rng.expovariate(30.0)
+        stem = rng.randrange(16)
+        prompts.append((at_s, BLOCK * 9 + 5, (*range(100 * stem, 100 * stem + 8), 100_000 + number)))
+    return turns(*prompts, output_tokens=20)
+
+
+def fleet_of(workload: FleetWorkload, router: Router, *, prefill: int, decode: int) -> FleetSimulation:
+    return FleetSimulation(
+        workload, router, nodes=prefill + decode, decode=decode, profile=TEST, rate=1.0, seed=1
+    )
+
+
+def simulate(workload: FleetWorkload, router: Router, *, prefill: int = 2, decode: int = 1) -> FleetResult:
+    return fleet_of(workload, router, prefill=prefill, decode=decode).run()
+
+
+def round_robin() -> PolicyRouter:
+    return PolicyRouter(BY_NAME["round_robin"]())
+
+
+def test_a_lone_request_is_prefilled_handed_over_and_decoded() -> None:
+    result = simulate(turns((0.0, 1_000, ())), round_robin(), prefill=1)
+    prefill_s = TEST.step_s(1_000, 0, 0, 0, 0)
+    first_s = TEST.step_s(0, 0, 0, 1, 999)
+    assert result.ttft_s[0] == pytest.approx(prefill_s + HOP_S + 1_000 * TOKEN_S + first_s)
+    assert result.tpot_s[0] == pytest.approx(TEST.step_s(0, 0, 0, 1, 1_000))
+    assert result.busy_s == pytest.approx([prefill_s, first_s + 4 * TEST.step_s(0, 0, 0, 1, 1_000)])
+
+
+def test_each_half_of_a_request_takes_its_way_to_the_scheduler() -> None:
+    slow = replace(TEST, request_s=0.5)
+    fleet = FleetSimulation(
+        turns((0.0, 1_000, ())), round_robin(), nodes=2, decode=1, profile=slow, rate=1.0, seed=1
+    )
+    quick = simulate(turns((0.0, 1_000, ())), round_robin(), prefill=1)
+    assert fleet.run().ttft_s[0] == pytest.approx(1.0 + quick.ttft_s[0])
+
+
+def test_what_the_decode_node_has_cached_does_not_travel_again() -> None:
+    blocks = tuple(range(20))
+    workload = turns((0.0, 20 * BLOCK + 1, blocks), (5.0, 20 * BLOCK + 1, blocks))
+    fleet = fleet_of(workload, round_robin(), prefill=2, decode=1)
+    result = fleet.run()
+    # Two prefill nodes, in turn: neither has it cached, the decode node has it the second time.
+    assert result.cached_tokens == 0
+    assert result.ttft_s[0] - result.ttft_s[1] == pytest.approx(20 * BLOCK * TOKEN_S)
+
+
+def test_one_link_carries_one_transfer_at_a_time() -> None:
+    links = Handover(4, 1_000)
+    for number, source in enumerate((0, 0, 1)):
+        links.hold(number, source)
+    second_s = 1_000_000 * 1_000 / LINK_BYTES_PER_S
+    # Out of node 0 to two nodes, then out of node 1 into one that is still reading.
+    assert links.read(0, 2, 1_000_000, 1.0) == pytest.approx(1.0 + second_s + HOP_S)
+    assert links.read(1, 3, 1_000_000, 1.0) == pytest.approx(1.0 + 2 * second_s + HOP_S)
+    assert links.read(2, 3, 1_000_000, 1.0) == pytest.approx(1.0 + 3 * second_s + HOP_S)
+    assert list(links.free_s) == pytest.approx([1.0 + second_s * times for times in (2, 3, 1, 3)])
+
+
+class HandsOverLate(PolicyRouter):
+    """Sends requests on `after_s` after their prefill; keeps what was cached there."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(BY_NAME["round_robin"]())
+        self.after_s = after_s
+        self.fleet: FleetSimulation
+
+    def start(self, fleet: FleetSimulation) -> None:
+        super().start(fleet)
+        self.fleet = fleet
+
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        self.fleet.hand_over(arrival, self.fleet.decode_nodes[0], after_s=self.after_s)
+
+
+def kept_blocks(router: HandsOverLate, at_s: Sequence[float]) -> tuple[list[int], FleetResult]:
+    fleet = fleet_of(turns((0.0, 1_000, ())), router, prefill=1, decode=1)
+    seen: list[int] = []
+    for one in at_s:
+        fleet.call_at(one, lambda: seen.append(fleet.engines[0].cache.used))
+    return seen, fleet.run()
+
+
+def test_a_prompt_is_held_until_it_was_read() -> None:
+    seen, result = kept_blocks(HandsOverLate(20.0), (0.2, 20.1, 20.13))
+    assert seen == [4, 4, 0]
+    assert result.ttft_s[0] == pytest.approx(20.12, abs=0.05)
+
+
+def test_a_prompt_that_nobody_came_for_is_dropped_and_computed_again() -> None:
+    seen, result = kept_blocks(HandsOverLate(LEASE_S + 5.0), (LEASE_S - 1.0, LEASE_S + 1.0))
+    assert seen == [4, 0]
+    prefill_s = TEST.step_s(1_000, 0, 0, 0, 0)
+    assert result.ttft_s[0] == pytest.approx(LEASE_S + 5.0 + 2 * prefill_s)
+    assert result.busy_s[1] > prefill_s
+
+
+def test_a_prompt_whose_request_waits_at_the_decode_node_is_held_beyond_the_lease() -> None:
+    profile = replace(TEST, kv_blocks=8, decode_sequence_s=0.1)
+    workload = turns((0.0, 6 * BLOCK, ()), (1.0, 6 * BLOCK, ()), output_tokens=500)
+    fleet = FleetSimulation(workload, round_robin(), nodes=3, decode=1, profile=profile, rate=1.0, seed=1)
+    held: list[int] = []
+    fleet.call_at(LEASE_S + 10.0, lambda: held.append(fleet.engines[1].cache.used))
+    result = fleet.run()
+    # The first answer takes 50 s, and there are blocks for one at a time.
+    assert held == [6]
+    assert result.ttft_s[1] > 50.0
+    assert result.busy_s[2] < 1.1 * 1_000 * (0.1 + TEST.fixed_s)
+
+
+class Seen(Policy):
+    """The first node for all; keeps what it was told."""
+
+    name = "seen"
+    poll_s = 0.5
+    wants_kv_events = True
+    kv_event_delay_s = 0.0
+
+    def __init__(self, log: list[tuple[str, str, int]], role: str = "prefill", late: bool = False) -> None:
+        self.log = log
+        self.role = role
+        self.binds_late = late
+
+    def start(self, world: World) -> None:
+        self.world = world
+        self.log.append((self.role, "start", world.nodes))
+
+    def choose(self, arrival: Arrival) -> int:
+        assert self.world.signal(self.world.nodes - 1).total_blocks == TEST.kv_blocks
+        self.log.append((self.role, "choose", arrival.number))
+        return self.world.nodes - 1
+
+    def first_token(self, arrival: Arrival, node: int) -> None:
+        self.log.append((self.role, "first", node))
+
+    def finished(self, arrival: Arrival, node: int) -> None:
+        self.log.append((self.role, "finished", node))
+
+    def stored(self, node: int, blocks: Sequence[int]) -> None:
+        self.log.append((self.role, "stored", node))
+
+    def for_decode(self) -> Policy:
+        return Seen(self.log, "decode", self.binds_late)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_each_of_two_policies_sees_its_own_nodes_and_its_part(late: bool) -> None:
+    log: list[tuple[str, str, int]] = []
+    simulate(turns((0.0, 1_000, (1, 2, 3))), PolicyRouter(Seen(log, late=late)), prefill=3, decode=2)
+    chosen = ("decode", "choose", 0)
+    prefill = [("prefill", "choose", 0), ("prefill", "first", 2), ("prefill", "finished", 2)]
+    ways = [*prefill, chosen] if late else [chosen, *prefill]
+    stored = [one for one in log if one[1] == "stored"]
+    assert sorted(stored) == [("decode", "stored", 1), ("prefill", "stored", 2)]
+    assert [one for one in log if one[1] != "stored"] == [
+        ("prefill", "start", 3),
+        ("decode", "start", 2),
+        *ways,
+        ("decode", "first", 1),
+        ("decode", "finished", 1),
+    ]
+
+
+def test_a_decode_node_with_the_prefix_makes_all_of_a_request() -> None:
+    blocks = tuple(range(4))
+    workload = turns((0.0, 4 * BLOCK + 1, blocks), (5.0, 4 * BLOCK + 1, blocks), (9.0, 10 * BLOCK, blocks))
+    result = simulate(workload, PolicyRouter(LLMDWeighted(non_cached_tokens=300)), prefill=1)
+    # The first and the last have 300 tokens and more to compute; the second has one.
+    assert result.busy_s[0] == pytest.approx(
+        TEST.step_s(4 * BLOCK + 1, 0, 0, 0, 0) + TEST.step_s(6 * BLOCK, 0, 0, 0, 0)
+    )
+    assert result.ttft_s[1] == pytest.approx(TEST.step_s(1, 0, 0, 0, 0))
+    assert result.cached_tokens == 4 * BLOCK * 2
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_every_policy_answers_everything_and_the_seed_decides(name: str) -> None:
+    def run() -> tuple[FleetResult, FleetSimulation]:
+        fleet = fleet_of(stems(), PolicyRouter(BY_NAME[name]()), prefill=4, decode=3)
+        return fleet.run(), fleet
+
+    (result, fleet), (again, _) = run(), run()
+    assert min(result.ttft_s) > 0
+    assert max(result.ttft_s) < 60
+    assert result.ttft_s == again.ttft_s
+    assert min(result.busy_s) > 0
+    # Every prompt was given up by who held it.
+    assert [engine.cache.used for engine in fleet.engines] == [0] * 7
+
+
+def test_every_policy_of_the_field_says_what_chooses_its_decode_nodes() -> None:
+    chosen = {name: policy().for_decode().name for name, policy in BY_NAME.items()}
+    assert chosen == {
+        "random": "random",
+        "round_robin": "round_robin",
+        "least_outstanding_tokens": "least_kv",
+        "sglang_cache_aware": "sglang_cache_aware",
+        "smg_expected_wait": "smg_expected_wait",
+        "dynamo_kv": "dynamo_decode",
+        "llmd_weighted": "llmd_weighted",
+        "llmd_sticky": "least_requests",
+        "lmetric": "least_requests",
+        "lpwl": "least_kv",
+        "mooncake": "least_kv",
+        "rtp_llm_cost": "rtp_llm_decode",
+    }
+
+
+@pytest.mark.parametrize(
+    ("router", "decode", "said"),
+    [(LiveRouter, 1, "hands prompts over"), (round_robin, 2, "decode: expected 0 to 1")],
+)
+def test_fleets_that_cannot_be_are_refused(router: Callable[[], Router], decode: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FleetSimulation(stems(1), router(), nodes=2, decode=decode, profile=TEST, rate=1.0, seed=1)
