@@ -22,7 +22,7 @@ from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.named_router import EVERY, OURS, check
+from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, check
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
 
@@ -56,7 +56,8 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=None,
         metavar="NAME[:KEY=VALUE,...]",
-        help=f"{OURS} (the live code), {OURS}:POLICY for {', '.join(POLICIES)}, or {', '.join(BY_NAME)}; "
+        help=f"{OURS} (the live code), {ORACLE} (and told each node's speed), {OURS}:POLICY for "
+        f"{', '.join(POLICIES)}, or {', '.join(BY_NAME)}; "
         f"repeatable (default {OURS} and all of these)",
     )
     add("--profile", choices=sorted(PROFILES), default="h100-llama-8b", help="engines' speed and memory")
@@ -102,6 +103,13 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
     )
     add("--report-delay-s", type=_rate, default=0.0, help="nodes' load reports arrive so much later")
     add("--drop-kv-events", type=_share, default=0.0, metavar="SHARE", help="share of block events lost")
+    add(
+        "--perturb",
+        type=_perturbation,
+        default=0.0,
+        metavar="SHARE",
+        help="engines' coefficients are up to so much off the profile, by the seed; no policy is told (0.3)",
+    )
     add("--jobs", type=_count, default=1, help="runs at a time, with equal results (default 1)")
     add("--json", type=Path, default=None, metavar="FILE", help="write the report as JSON")
     add("--plot", type=Path, default=None, metavar="FILE.png", help="draw the report (needs flexlb[plot])")
@@ -125,6 +133,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected 0 to 1, seen {text}")
+    return value
+
+
+def _perturbation(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to below 1, seen {text}")
     return value
 
 
@@ -167,6 +182,7 @@ async def run_simulate(options: argparse.Namespace) -> int:
             slow_factor=options.slow[1],
             report_delay_s=options.report_delay_s,
             dropped_kv_events=options.drop_kv_events,
+            perturbed=options.perturb,
         ),
     )
     with running(fleets, jobs=options.jobs) as runner:

@@ -93,7 +93,7 @@ class FleetSimulation:
             every node does both.
     Raises:
         ValueError: as many decode nodes as nodes, or a router that hands nothing over to them.
-        profile: of a nominal node, with blocks of the workload's size (`coarse`).
+        profile: of a nominal node, with blocks of the workload's size (`coarse`); what routers may know.
         conditions: what is amiss, nothing when absent.
     """
 
@@ -119,7 +119,8 @@ class FleetSimulation:
         self.conditions = conditions if conditions is not None else Conditions()
         self.block_tokens = workload.block_tokens
         self.speeds = self.conditions.speeds(nodes, seed)
-        self.engines = [JumpingEngine(profile.at_speed(speed)) for speed in self.speeds]
+        engine = self.conditions.engine(profile, seed)
+        self.engines = [JumpingEngine(engine.at_speed(speed)) for speed in self.speeds]
         self.now_s = 0.0
         self.rng = Random(seed)
         self._losses = self.conditions.losses(seed)

@@ -33,6 +33,9 @@ DEADLINE_MS = 600_000
 SAME_STEP_S = 0.001
 """First tokens this close came from one step: nothing can be told of their prefills (the agent's rule)."""
 
+KNOWN_AFTER = 1_000
+"""Prefills that a node is taken to have shown whose speed is told: more change little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LiveTiming:
@@ -91,6 +94,8 @@ class LiveRouter:
 
     Args:
         policy: one of the live scheduler's.
+        knows_speeds: every node's predictor is told how slow its node is beside the others, and keeps to it:
+            no dispatcher knows that, it shows what learning it costs.
     """
 
     wants_blocks = True
@@ -101,7 +106,9 @@ class LiveRouter:
         *,
         parameters: SchedulingParameters | None = None,
         timing: LiveTiming | None = None,
+        knows_speeds: bool = False,
     ) -> None:
+        self._knows_speeds = knows_speeds
         self._policy = policy
         self._parameters = parameters
         self._timing = timing if timing is not None else LiveTiming()
@@ -154,6 +161,14 @@ class LiveRouter:
             node = self.state.fleet.admit(identity, 0.0)
             node.admitted = True
             self._agents.append(_Agent(state=node, max_running=profile.max_running))
+        # Beside the mean: scales and shape are determined only together.
+        mean = sum(1 / speed for speed in fleet.speeds) / len(fleet.speeds)
+        self._scales = [1 / speed / mean for speed in fleet.speeds]
+        if self._knows_speeds:
+            for agent, scale in zip(self._agents, self._scales, strict=True):
+                agent.state.predictor.scale = scale
+                # A node's first prefills would be taken for its scale, and the shape learn nothing of them.
+                agent.state.predictor.observations = KNOWN_AFTER
         self._numbers = {agent.state.name: number for number, agent in enumerate(self._agents)}
         self._arrivals: dict[str, Arrival] = {}
 
@@ -318,9 +333,10 @@ class LiveRouter:
         del self._arrivals[ref]
         self._agents[node].state.answers.observe(arrival.output_tokens)
         if held.prefill_s:
-            self._agents[node].state.predictor.observe(
-                arrival.prompt_tokens - held.cached_tokens, held.cached_tokens, held.prefill_s
-            )
+            predictor = self._agents[node].state.predictor
+            predictor.observe(arrival.prompt_tokens - held.cached_tokens, held.cached_tokens, held.prefill_s)
+            if self._knows_speeds:
+                predictor.scale = self._scales[node]
         self._wake()
 
     # Cache views

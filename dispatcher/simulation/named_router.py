@@ -15,6 +15,8 @@ from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.policy_router import PolicyRouter
 
 OURS = "flexlb"
+ORACLE = f"{OURS}:knows_speeds"
+"""Ours, and told how fast each node is: what learning it costs."""
 EVERY = (OURS, *BY_NAME)
 """Ours as it is, and every policy of the field."""
 
@@ -28,18 +30,29 @@ def router_of(name: str) -> Callable[[], Router]:
     base, _, rest = name.partition(":")
     if base == OURS and rest in {"", *POLICIES}:
         return lambda: LiveRouter(rest or "prefill_cost")
+    if name == ORACLE:
+        return lambda: LiveRouter(knows_speeds=True)
     constants = _constants(name, rest)
     try:
         if base == OURS:
+            knows_speeds = bool(constants.pop("knows_speeds", False))
             parameters = SchedulingParameters(**constants)
-            return lambda: LiveRouter(parameters=parameters)
+            return lambda: LiveRouter(parameters=parameters, knows_speeds=knows_speeds)
         if base in BY_NAME:
             BY_NAME[base](**constants)
             return lambda: PolicyRouter(BY_NAME[base](**constants))
     except TypeError as error:
         raise SettingsError(f"--policy {name}: {error}") from None
-    known = ", ".join((OURS, *(f"{OURS}:{policy}" for policy in POLICIES), *BY_NAME))
+    known = ", ".join((OURS, *(f"{OURS}:{policy}" for policy in POLICIES), ORACLE, *BY_NAME))
     raise SettingsError(f"--policy {name}: expected one of {known}")
+
+
+def oracle_of(name: str) -> str | None:
+    """Ours of these constants and told each node's speed; None of any other policy."""
+    base, _, rest = name.partition(":")
+    if base != OURS or rest in POLICIES:
+        return None
+    return f"{name},knows_speeds=True" if rest else ORACLE
 
 
 def check(name: str, *, is_apart: bool) -> None:

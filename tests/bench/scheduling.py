@@ -2,7 +2,8 @@
 
 For each trace it finds every policy's knee, then runs all of them at shares of the best baseline's knee for
 several seeds, at random's knee ours beside random, and at the lower share among slow nodes and with degraded
-signals. What is told are ratios of ours to the best baseline, equal arrivals against equal arrivals.
+signals. What is told are ratios of ours to the best baseline, equal arrivals against equal arrivals; and the
+knee of ours among slow nodes against that of ours when it is told each node's speed.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from msgspec import Struct
 
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.replay.traces import EXCERPT
+from dispatcher.simulation.command import nodes_of
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_plot import plot, plotting
-from dispatcher.simulation.fleet_report import Report, Run, knees
+from dispatcher.simulation.fleet_report import Report, Run, knees, told_nodes
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import FleetWorkload, workloads_of
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.knee import told
-from dispatcher.simulation.named_router import OURS, router_of
+from dispatcher.simulation.named_router import OURS, check, oracle_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
@@ -36,6 +38,8 @@ SHARES = (0.8, 0.95)
 """Of the best baseline's knee."""
 SLOW = Conditions(slow_share=0.25, slow_factor=0.5)
 DEGRADED = (Conditions(report_delay_s=1.0), Conditions(dropped_kv_events=0.2))
+UNEVEN = Conditions(slow_share=0.3, slow_factor=0.5)
+"""Where ours is held against itself with each node's speed known."""
 SEEDS = 5
 KNEE_SEEDS = 2
 QUICK_SEEDS = 3
@@ -53,12 +57,24 @@ class Case(Struct, frozen=True, kw_only=True):
     runs: list[Run]
 
 
+class Knowledge(Struct, frozen=True, kw_only=True):
+    """What it costs to learn how fast nodes are: the knees of ours and of `oracle`, which is told."""
+
+    conditions: Conditions
+    oracle: str
+    knee: float
+    oracle_knee: float
+    sweep: list[Run]
+
+
 class Comparison(Struct, frozen=True, kw_only=True):
-    """One trace. `first` is the baseline with the highest knee."""
+    """One trace. `first` is the baseline with the highest knee; `knowledge` is of ours only."""
 
     trace: str
     profile: str
     nodes: int
+    prefill: int
+    decode: int
     requests: int
     seeds: list[int]
     ours: str
@@ -67,6 +83,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     knee_per_s: dict[str, float]
     cases: list[Case]
     sweep: list[Run]
+    knowledge: Knowledge | None
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -85,6 +102,7 @@ class Plan:
     ours: str = OURS
     baselines: Sequence[str] = tuple(BY_NAME)
     nodes: int = 8
+    decode: int = 0
     profile: Profile = PROFILES["h100-llama-8b"]
     seeds: Sequence[int] = tuple(range(1, SEEDS + 1))
     knee_seeds: int = KNEE_SEEDS
@@ -95,7 +113,12 @@ def compare(plan: Plan, trace: str, workloads: dict[int, FleetWorkload]) -> Comp
     """Simulate one trace."""
     policies = (plan.ours, *plan.baselines)
     fleets = Fleets(
-        workloads=workloads, trace=trace, profile=plan.profile, nodes=plan.nodes, objectives=Objectives()
+        workloads=workloads,
+        trace=trace,
+        profile=plan.profile,
+        nodes=plan.nodes,
+        decode=plan.decode,
+        objectives=Objectives(),
     )
     cases: list[Case] = []
 
@@ -134,10 +157,13 @@ def compare(plan: Plan, trace: str, workloads: dict[int, FleetWorkload]) -> Comp
         name = f"{SHARES[0]:g}" + (f" x {carries:g} (slower nodes)" if carries < 1 else "")
         case(f"{name}, {amiss}", rate, plan.baselines, first=first, amiss=amiss)
     workload = workloads[plan.seeds[0]]
+    oracle = oracle_of(plan.ours)
     return Comparison(
         trace=trace,
         profile=plan.profile.name,
         nodes=plan.nodes,
+        prefill=plan.nodes - plan.decode if plan.decode else 0,
+        decode=plan.decode,
         requests=workload.requests,
         seeds=list(plan.seeds),
         ours=plan.ours,
@@ -146,6 +172,16 @@ def compare(plan: Plan, trace: str, workloads: dict[int, FleetWorkload]) -> Comp
         knee_per_s={policy: round(rate * workload.per_s, 3) for policy, rate in knee.items()},
         cases=cases,
         sweep=sweep,
+        knowledge=None if oracle is None else _knowledge(plan, fleets, oracle),
+    )
+
+
+def _knowledge(plan: Plan, fleets: Fleets, oracle: str) -> Knowledge:
+    with running(replace(fleets, conditions=UNEVEN), jobs=plan.jobs) as runner:
+        sweep = runner.sweep((plan.ours, oracle), plan.seeds[: plan.knee_seeds])
+    knee = knees(sweep)
+    return Knowledge(
+        conditions=UNEVEN, oracle=oracle, knee=knee[plan.ours], oracle_knee=knee[oracle], sweep=sweep
     )
 
 
@@ -153,7 +189,8 @@ def told_comparison(comparison: Comparison) -> str:
     """A comparison for a terminal."""
     ours = comparison.ours
     lines = [
-        f"{comparison.trace}: {comparison.requests} requests, {comparison.nodes} x {comparison.profile}, "
+        f"{comparison.trace}: {comparison.requests} requests, "
+        f"{told_nodes(comparison.nodes, comparison.decode)} x {comparison.profile}, "
         f"{len(comparison.seeds)} seeds, {sum(len(case.runs) for case in comparison.cases)} runs and "
         f"{len(comparison.sweep)} for the knees",
         "",
@@ -166,6 +203,12 @@ def told_comparison(comparison: Comparison) -> str:
     first = comparison.knee[comparison.first]
     if first:
         lines.append(f"{ours} to {comparison.first}, by knee: {comparison.knee[ours] / first:.2f}")
+    knowledge = comparison.knowledge
+    if knowledge is not None and knowledge.oracle_knee:
+        lines.append(
+            f"{knowledge.conditions}: {ours} to {knowledge.oracle}, by knee: "
+            f"{knowledge.knee / knowledge.oracle_knee:.2f}"
+        )
     for case in comparison.cases:
         lines += ["", f"{case.name}: {case.per_s:.2f} req/s", *_rows(case)]
     return "\n".join(lines)
@@ -190,8 +233,11 @@ def draw(comparison: Comparison, objectives: Objectives, folder: Path) -> None:
     """Leave a picture of the sweep and one of the ratios."""
     pyplot = plotting()
     folder.mkdir(parents=True, exist_ok=True)
+    nodes = told_nodes(comparison.nodes, comparison.decode)
     name = f"{comparison.trace.partition('.')[0]}-{comparison.nodes}"
-    title = f"{comparison.trace}: {comparison.requests} requests, {comparison.nodes} x {comparison.profile}"
+    if comparison.decode:
+        name = f"{comparison.trace.partition('.')[0]}-{comparison.prefill}p{comparison.decode}d"
+    title = f"{comparison.trace}: {comparison.requests} requests, {nodes} x {comparison.profile}"
     plot(
         Report(runs=comparison.sweep, knee=comparison.knee),
         folder / f"{name}-sweep.png",
@@ -224,6 +270,8 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("traces", nargs="*", metavar="TRACE", help=f"trace files (default: {EXCERPT}, in the package)")
     add("--nodes", type=int, action="append", help="engines; repeatable (default 8)")
+    add("--prefill", type=int, metavar="P", help="engines that prefill only, instead of --nodes")
+    add("--decode", type=int, metavar="D", help="engines that decode only; with --prefill")
     add("--profile", choices=sorted(PROFILES), default=Plan.profile.name)
     add("--requests", type=int, help="so many of each trace")
     add("--ours", default=OURS, help="what is compared, named as by flexlb simulate")
@@ -246,8 +294,9 @@ def main(arguments: Sequence[str]) -> int:
         knee_seeds=1 if options.quick else KNEE_SEEDS,
         jobs=options.jobs,
     )
+    fleets = [nodes_of(nodes, options.prefill, options.decode) for nodes in options.nodes or (None,)]
     for policy in (plan.ours, *plan.baselines):
-        router_of(policy)
+        check(policy, is_apart=any(decode for _, decode in fleets))
     result = Result(
         bench="scheduling", machine=describe_machine(), objectives=str(Objectives()), comparisons=[]
     )
@@ -260,8 +309,10 @@ def main(arguments: Sequence[str]) -> int:
             requests=options.requests or (QUICK_REQUESTS if options.quick else None),
             longest=coarse(plan.profile, BLOCK_TOKENS).kv_tokens,
         )
-        for nodes in options.nodes or (Plan.nodes,):
-            comparison = compare(replace(plan, nodes=nodes), Path(trace or EXCERPT).name, workloads)
+        for nodes, decode in fleets:
+            comparison = compare(
+                replace(plan, nodes=nodes, decode=decode), Path(trace or EXCERPT).name, workloads
+            )
             result.comparisons.append(comparison)
             print(f"\n{told_comparison(comparison)}", flush=True)
             if options.json is not None:

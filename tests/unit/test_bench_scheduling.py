@@ -68,6 +68,12 @@ def test_a_tiny_comparison_has_all_its_cases_and_writes_them(
     assert slow["rate"] == pytest.approx(0.875 * nominal["rate"], rel=1e-4)
     assert slow["runs"][0]["conditions"]["slow_share"] == SLOW.slow_share
     assert len(degraded) == len(DEGRADED)
+    knowledge = comparison["knowledge"]
+    assert knowledge["oracle"] == "flexlb:knows_speeds"
+    assert {run["policy"] for run in knowledge["sweep"]} == {"flexlb", knowledge["oracle"]}
+    assert {run["conditions"]["slow_share"] for run in knowledge["sweep"]} == {0.3}
+    ratio = knowledge["knee"] / knowledge["oracle_knee"]
+    assert f"flexlb to flexlb:knows_speeds, by knee: {ratio:.2f}" in printed
     for case in comparison["cases"]:
         assert case["to_best"]["goodput"]["ratio"] > 0
         assert {run["seed"] for run in case["runs"]} == {1, 2}
@@ -77,4 +83,22 @@ def test_a_tiny_comparison_has_all_its_cases_and_writes_them(
     assert {one.name for one in plots.iterdir()} == {
         "mooncake_conversation_2000-4-sweep.png",
         "mooncake_conversation_2000-4-ratios.png",
+    }
+
+
+def test_a_comparison_where_prefill_and_decode_are_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, plots = tmp_path / "scheduling.json", tmp_path / "plots"
+    nodes = ["--requests", "80", "--seeds", "2", "--quick", "--prefill", "2", "--decode", "1"]
+    policies = ["--ours", "lmetric", "--baseline", "random", "--baseline", "dynamo_kv"]
+    assert scheduling.main([*nodes, *policies, "--json", str(path), "--plots", str(plots)]) == 0
+    assert "2 prefill + 1 decode x h100-llama-8b" in capsys.readouterr().out
+    (comparison,) = json.loads(path.read_text())["comparisons"]
+    assert (comparison["nodes"], comparison["prefill"], comparison["decode"]) == (3, 2, 1)
+    assert comparison["knowledge"] is None
+    assert all(run["decode"] == 1 for case in comparison["cases"] for run in case["runs"])
+    assert {one.name for one in plots.iterdir()} == {
+        "mooncake_conversation_2000-2p1d-sweep.png",
+        "mooncake_conversation_2000-2p1d-ratios.png",
     }

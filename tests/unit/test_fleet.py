@@ -171,6 +171,49 @@ def test_ours_learns_which_nodes_are_slow() -> None:
     assert sum(result.ttft_s) < 0.6 * sum(blind.ttft_s)
 
 
+def test_who_knows_the_speeds_keeps_them_and_pays_for_no_learning() -> None:
+    conditions = Conditions(slow_share=0.5, slow_factor=0.25)
+    workload = chatter(60, per_s=8.0)
+    knows = LiveRouter(knows_speeds=True)
+    learned = simulate(workload, LiveRouter(), conditions=conditions)
+    known = simulate(workload, knows, conditions=conditions)
+    speeds = conditions.speeds(4, 1)
+    # Slow nodes take four times as long: 1.6 and 0.4 beside the mean of 2.5.
+    assert [knows.state.fleet.nodes[f"n{node}"].predictor.scale for node in range(4)] == pytest.approx(
+        [1.6 if speed < 1 else 0.4 for speed in speeds]
+    )
+    # The shape is learned all the same: 2,000 tokens take 0.2 s and a step's 8 ms on a fast node.
+    fast = knows.state.fleet.nodes[f"n{speeds.index(1.0)}"].predictor
+    assert fast.cost.seconds(2_000, 0) == pytest.approx(0.208, rel=0.1)
+    assert sum(known.ttft_s) < 0.9 * sum(learned.ttft_s)
+
+
+def test_a_perturbed_engine_is_off_the_profile_and_nobody_is_told() -> None:
+    conditions = Conditions(perturbed=0.3)
+    seen = [conditions.engine(TEST, seed) for seed in range(50)]
+    factors = [one.prefill_token_s / TEST.prefill_token_s for one in seen]
+    assert all(0.7 <= factor <= 1.3 for factor in factors)
+    assert min(factors) < 0.8
+    assert max(factors) > 1.2
+    assert len({one.fixed_s / TEST.fixed_s for one in seen} | set(factors)) == 100
+    assert (
+        conditions.engine(TEST, 7)
+        == seen[7]
+        == replace(TEST, fixed_s=seen[7].fixed_s, prefill_token_s=seen[7].prefill_token_s)
+    )
+    told: list[float] = []
+
+    class Asks(Noted):
+        def choose(self, arrival: Arrival) -> int:
+            told.append(self.world.prefill_s(1_000, 0))
+            return 0
+
+    result = simulate(turns((0.0, 1_000, ())), PolicyRouter(Asks()), nodes=1, conditions=conditions)
+    assert told == [TEST.step_s(1_000, 0, 0, 0, 0)]
+    assert result.ttft_s[0] == pytest.approx(conditions.engine(TEST, 1).step_s(1_000, 0, 0, 0, 0))
+    assert result.ttft_s[0] != pytest.approx(told[0], rel=0.01)
+
+
 def test_late_reports_reach_ours_late_too() -> None:
     def seen(delay_s: float) -> list[int]:
         ours = LiveRouter()

@@ -26,6 +26,7 @@ from dispatcher.simulation.fleet_report import (
     times_ms,
 )
 from dispatcher.simulation.goodput import Objectives
+from dispatcher.simulation.named_router import check, oracle_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
 from tests.support.told_run import told_run
@@ -117,19 +118,21 @@ def test_a_sweep_is_the_same_on_two_cores_and_at_its_rates(
 
 def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
-    amiss = ["--slow", "0.25:0.5", "--report-delay-s", "0.5", "--drop-kv-events", "0.1"]
+    amiss = ["--slow", "0.25:0.5", "--report-delay-s", "0.5", "--drop-kv-events", "0.1", "--perturb", "0.3"]
     assert (
         main([*SHORT, "--policy", "flexlb", "--policy", "smg_expected_wait", *amiss, "--json", str(path)])
         == 0
     )
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "amiss: 25% of the nodes at 0.5 of the speed, load reports 0.5 s late, 10% of block events lost"
+        "amiss: 25% of the nodes at 0.5 of the speed, load reports 0.5 s late, 10% of block events lost, "
+        "engines' coefficients up to 30% off the profile"
     )
     conditions = {
         "slow_share": 0.25,
         "slow_factor": 0.5,
         "report_delay_s": 0.5,
         "dropped_kv_events": 0.1,
+        "perturbed": 0.3,
     }
     assert [one["conditions"] for one in json.loads(path.read_text())["runs"]] == [conditions] * 2
 
@@ -207,6 +210,30 @@ def test_nodes_are_of_one_kind_or_of_two(
 ) -> None:
     assert main(["simulate", "--requests", "20", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "oracle"),
+    [
+        ("flexlb", "flexlb:knows_speeds"),
+        ("flexlb:sampled=2", "flexlb:sampled=2,knows_speeds=True"),
+        ("flexlb:shortest_ttft", None),
+        ("lmetric", None),
+    ],
+)
+def test_ours_can_be_told_the_speeds(name: str, oracle: str | None) -> None:
+    assert oracle_of(name) == oracle
+    if oracle is not None:
+        check(oracle, is_apart=False)
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "x"])
+def test_a_perturbation_leaves_something_of_each_coefficient(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*SHORT, "--perturb", value])
+    assert "--perturb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["2:0.5", "0.3", "0.3:0", "x:y"])
