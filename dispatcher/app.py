@@ -36,8 +36,10 @@ from dispatcher.services.dispatch import Dispatch
 from dispatcher.services.election import Election
 from dispatcher.services.expire import Expire
 from dispatcher.services.intake import Intake
+from dispatcher.services.mend import Mend
 from dispatcher.services.partitions import Partitions
 from dispatcher.services.publish import Publish
+from dispatcher.services.recall import Recall
 from dispatcher.services.recover import LastSeen, Recovery
 from dispatcher.services.registry import Registry
 from dispatcher.services.retention import Retention
@@ -249,6 +251,8 @@ class Dispatcher:
                 span_limit=settings.span_limit,
             )
             dispatch = Dispatch(state, store, endings, scheduler=scheduler, batch=settings.assign_batch)
+            recall = Recall(state, requests, limits)
+            mend = Mend(state, store, self._view, recall, endings)
             guard = Guard(
                 state,
                 store,
@@ -262,7 +266,7 @@ class Dispatcher:
                 store,
                 self._view,
                 outcomes,
-                Unreadable(state, requests, limits),
+                Unreadable(state, recall),
                 positions=recovered.positions,
                 floor=recovered.floor,
                 committed=recovered.committed,
@@ -271,7 +275,18 @@ class Dispatcher:
             cancels = Cancels(state, CancelLog(self._kafka, names), requests, endings)
             partitions = Partitions(requests, self._log)
             retention = Retention(state, self._kafka, longest_deadline_ms=int(settings.max_deadline_s * 1000))
-            services = (guard, endings, publish, cancels, expire, dispatch, intake, partitions, retention)
+            services = (
+                guard,
+                endings,
+                publish,
+                mend,
+                cancels,
+                expire,
+                dispatch,
+                intake,
+                partitions,
+                retention,
+            )
             await run_together(**{type(service).__name__: service.run() for service in services})
         finally:
             self._last_seen = LastSeen(generation=state.generation, counter=store.counter)

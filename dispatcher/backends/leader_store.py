@@ -87,6 +87,16 @@ class AdoptItem:
     data: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class MendItem:
+    """A request whose job can't be read, as its record tells it. `job` None when it is pending."""
+
+    ref: Ref
+    job: JobId | None
+    envelope: bytes
+    data: bytes
+
+
 class LeaderStore:
     """The leader's scripts for one pool under one lease."""
 
@@ -235,6 +245,20 @@ class LeaderStore:
             )
         answers = await self._run_counted("retry", (names.pending, names.closing), arguments)
         return [answer.decode() for answer in answers]
+
+    async def mend(self, items: Sequence[MendItem], *, now_iso: str) -> list[str]:
+        """Move requests to pending, their jobs written anew; answers as in mend.lua."""
+        names = self.names
+        arguments: list[Argument] = [names.prefix, names.pool, now_iso, len(items)]
+        for item in items:
+            arguments += (
+                item.job.node if item.job else "",
+                str(item.job) if item.job else "",
+                str(item.ref),
+                item.envelope,
+                item.data,
+            )
+        return [answer.decode() for answer in await self._run_counted("mend", (names.pending,), arguments)]
 
     async def settle(
         self,

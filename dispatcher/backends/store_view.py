@@ -51,6 +51,14 @@ class StoredJob:
     cause: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where in Redis a request is, whatever its job holds: at a node as `job`, or pending (None)."""
+
+    ref: Ref
+    job: JobId | None
+
+
 @dataclass(kw_only=True)
 class StoredNode:
     """A node as Redis knows it."""
@@ -93,7 +101,8 @@ class CachedBlocks:
 class StoredLedger:
     """Everything a new leader needs of an intact Redis.
 
-    `unreadable` names jobs whose fields no script of ours has written, or a later release.
+    `unreadable` are jobs whose fields no script of ours has written, or a later release, and ids of ours
+    without a job: a record of a failed attempt, which RQ's `requeue` puts into a queue, looks like one.
     """
 
     marks: dict[str, int] = field(default_factory=dict)
@@ -101,7 +110,7 @@ class StoredLedger:
     settled: dict[int, int] = field(default_factory=dict)
     jobs: list[StoredJob] = field(default_factory=list)
     closing_refs: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[Placed] = field(default_factory=list)
 
 
 _Call = tuple[str, str, list[str] | None]
@@ -298,9 +307,8 @@ class StoreView:
             ids = waiting + [job for job in claimed if job.startswith(mine) and job.isascii()]
             fields = await self._job_fields([self.names.job(job.decode()) for job in ids])
             for index, (job, stored) in enumerate(zip(ids, fields, strict=True)):
-                if stored[0] is not None:
-                    in_hand = index >= len(waiting)
-                    _keep(ledger, job.decode(), _stored_job(job.decode(), node, stored, claimed=in_hand))
+                in_hand = index >= len(waiting)
+                _keep(ledger, job.decode(), _stored_job(job.decode(), node, stored, claimed=in_hand))
 
     async def _read_pending(self, ledger: StoredLedger) -> None:
         pending = await self._ask(self._client.zrange(self.names.pending, 0, -1, withscores=True), "pending")
@@ -308,9 +316,9 @@ class StoreView:
             [self.names.pending_job(ref.decode(errors="replace")) for ref, _ in pending]
         )
         for (ref, not_before), stored in zip(pending, fields, strict=True):
-            if stored[0] is not None:
-                job = _stored_job("", "", stored, claimed=False, not_before_ms=int(not_before))
-                _keep(ledger, ref.decode(errors="replace"), job)
+            name = ref.decode(errors="replace")
+            job = _stored_job("", "", stored, claimed=False, not_before_ms=int(not_before))
+            _keep(ledger, name, job if job is not None and job.ref == name else None)
 
     async def pending_refs(self) -> list[str]:
         """Refs in `pending`, by not-before."""
@@ -322,13 +330,13 @@ class StoreView:
     async def pending_jobs(self, refs: Iterable[str]) -> list[StoredJob]:
         """The pending entries of `refs`, those that exist and can be read."""
         fields = await self._job_fields([self.names.pending_job(ref) for ref in refs])
-        jobs = [_stored_job("", "", stored, claimed=False) for stored in fields if stored[0] is not None]
+        jobs = [_stored_job("", "", stored, claimed=False) for stored in fields]
         return [job for job in jobs if job is not None]
 
     async def stored_job(self, job: str) -> StoredJob | None:
         """One job, None when its hash does not exist or can't be read."""
         (fields,) = await self._job_fields([self.names.job(job)])
-        return _stored_job(job, "", fields, claimed=False) if fields[0] is not None else None
+        return _stored_job(job, "", fields, claimed=False)
 
     async def failed_attempts(self, job: str) -> list[bytes]:
         """A job's earlier failed attempts, oldest first, encoded; [] when its hash does not exist."""
@@ -354,10 +362,14 @@ def _wish(text: str) -> Wish:
 
 
 def _keep(ledger: StoredLedger, name: str, job: StoredJob | None) -> None:
-    if job is None:
-        ledger.unreadable.append(name)
-    else:
+    if job is not None:
         ledger.jobs.append(job)
+        return
+    try:
+        id = JobId.parse(name) if "--" in name else None
+        ledger.unreadable.append(Placed(ref=id.ref if id is not None else Ref.parse(name), job=id))
+    except ValueError:
+        pass  # whoever put it there: it names no request
 
 
 def _stored_job(
@@ -365,6 +377,8 @@ def _stored_job(
 ) -> StoredJob | None:
     """A job as its hash tells, which its node's agent may write; None when that can't be read."""
     ref, envelope, failures, excluded, number, hit, crashed, cause = fields
+    if ref is None:
+        return None
     try:
         read = Ref.parse(ref.decode())
         if job and JobId.parse(job).ref != read:

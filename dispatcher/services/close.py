@@ -8,6 +8,7 @@ too many are under way.
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections import deque
 
 from dispatcher.backends.leader_store import CloseItem, LeaderStore
@@ -22,6 +23,8 @@ from dispatcher.services.state import Doom, LeaderState
 
 BATCH = 128
 BACKLOG = 2048
+DEAD_RECORD_BYTES = 256 << 10
+"""Larger poison is not copied into Redis; its dead letter says where it lies."""
 LOST_S = 10.0
 """A request that was found in no place for this long, although its end was decided, may be lost; unless
 its ending waits in `closing` for as long, as while Kafka is slow."""
@@ -98,8 +101,9 @@ class Endings:
         topic: str,
         record: str | None,
         retry_after_ms: int = 0,
+        place: str = "log",
     ) -> None:
-        """End a record at intake. `record` (base64) sends it to the dead letters too."""
+        """End a record at intake, or in `pending`. `record` (base64) sends it to the dead letters too."""
         outcome = Outcome(
             id=id,
             ref=str(ref),
@@ -128,7 +132,7 @@ class Endings:
         owns = id and reason is not Reason.ID_IN_USE
         await self._queue.put(
             CloseItem(
-                place="log",
+                place=place,
                 ref=ref,
                 kind=kind,
                 id=id,
@@ -207,6 +211,11 @@ class Endings:
             identity=self._state.names.identity(envelope.tenant, envelope.id),
             fingerprint=envelope.fingerprint,
         )
+
+
+def dead_record(value: bytes | None) -> str:
+    """The copy of a record in its dead letter, '' when it is too large for one."""
+    return base64.b64encode(value or b"").decode() if len(value or b"") <= DEAD_RECORD_BYTES else ""
 
 
 def reused_id_message(owner: str) -> str:

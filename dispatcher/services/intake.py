@@ -9,7 +9,6 @@ faster than to publish, and a flood of what can't be served is to wait in Kafka,
 from __future__ import annotations
 
 import asyncio
-import base64
 
 from dispatcher.backends.request_log import LogRecord, RequestLog
 from dispatcher.protocol.assignment import Envelope
@@ -18,7 +17,7 @@ from dispatcher.protocol.outcome import Reason
 from dispatcher.scheduling.admission import AdmissionLimits, Admitted, Refused, admit, lane_limits
 from dispatcher.scheduling.window import LANE_SHARE, Waiting
 from dispatcher.services.cancels import doom_cancelled, take_early
-from dispatcher.services.close import Endings, prompt_too_long_message, reused_id_message
+from dispatcher.services.close import Endings, dead_record, prompt_too_long_message, reused_id_message
 from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
 
@@ -26,8 +25,6 @@ READ_LIMIT = 1000
 READ_TIMEOUT_MS = 200
 MOST_UNPUBLISHED = 8192
 """Endings of the leader that may wait to be published; what was read before then comes on top."""
-DEAD_RECORD_BYTES = 256 << 10
-"""Larger poison is not copied into Redis; its dead letter says where it lies."""
 
 
 class Intake:
@@ -162,8 +159,7 @@ class Intake:
         )
         copy = None
         if refused.dead_letter:
-            value = record.value or b""
-            copy = base64.b64encode(value).decode() if len(value) <= DEAD_RECORD_BYTES else ""
+            copy = dead_record(record.value)
         await self._endings.refuse(
             record.ref,
             id=refused.id,

@@ -14,13 +14,13 @@ from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.leader_store import AdoptItem, CloseItem, LeaderStore
 from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, PublishedOutcomes, read_outcomes
 from dispatcher.backends.request_log import RequestLog
-from dispatcher.backends.store_view import StoredJob, StoreView
+from dispatcher.backends.store_view import Placed, StoredJob, StoreView
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import FailureCause, OutcomeHead, Reason
 from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.scheduling.retry import is_given_back
-from dispatcher.scheduling.window import Waiting
+from dispatcher.services.mend import waiting_from
 from dispatcher.services.persist import until_answered
 from dispatcher.services.publication import own_job
 from dispatcher.services.state import Bound, LeaderState
@@ -159,17 +159,19 @@ class Recovery:
             return ref.source in marks and not below and str(ref) not in published
 
         jobs = [job for job in ledger.jobs if is_open(Ref.parse(job.ref))]
-        known = [job for job in ledger.jobs if Ref.parse(job.ref).source in marks]
+        placed = [*map(_place_of, ledger.jobs), *ledger.unreadable]
         answered = [
             text
             for text in ledger.closing_refs
             if (ref := _parsed(text)) is not None and ref.source in marks and not is_open(ref)
         ]
-        await self._drop_answered([job for job in known if not is_open(Ref.parse(job.ref))], answered)
-        if ledger.unreadable:
-            state.metrics.foreign.inc(len(ledger.unreadable))
-            state.log.error("jobs can't be read, left where they are", jobs=ledger.unreadable[:10])
-        unended = {job.ref for job in jobs} | {*ledger.closing_refs, *map(_ref_in, ledger.unreadable)}
+        done = [one for one in placed if one.ref.source in marks and not is_open(one.ref)]
+        await self._drop_answered(done, answered)
+        elsewhere = {*(job.ref for job in jobs), *ledger.closing_refs}
+        misread = [
+            found for found in ledger.unreadable if is_open(found.ref) and str(found.ref) not in elsewhere
+        ]
+        unended = elsewhere | {str(found.ref) for found in misread}
         open_refs = [ref for ref in map(_parsed, unended) if ref is not None and is_open(ref)]
         starts = await self._requests.log_starts()
         for source, mark in marks.items():
@@ -187,6 +189,12 @@ class Recovery:
             )
         for job in jobs:
             self._restore(job)
+        for found in misread:
+            state.note_misread(found)
+        if state.misread:
+            state.log.error(
+                "jobs can't be read, to be written anew", count=len(state.misread), refs=[*state.misread][:10]
+            )
         return told.ends
 
     async def _read_outcomes(
@@ -202,7 +210,7 @@ class Recovery:
             )
         return found
 
-    async def _drop_answered(self, jobs: Sequence[StoredJob], closing: Iterable[str]) -> None:
+    async def _drop_answered(self, jobs: Sequence[Placed], closing: Iterable[str]) -> None:
         """Take away what would be run or decided again although its outcome is published.
 
         A Redis that went back in time no further than to the last assignment passes for intact: what ended
@@ -218,9 +226,9 @@ class Recovery:
             items = [
                 CloseItem(
                     place="job" if job.job else "pending",
-                    ref=Ref.parse(job.ref),
+                    ref=job.ref,
                     kind="none",
-                    job=JobId.parse(job.job) if job.job else None,
+                    job=job.job,
                 )
                 for job in jobs
             ]
@@ -251,10 +259,8 @@ class Recovery:
         state = self._state
         try:
             envelope = codec.envelopes.decode(job.envelope)
-        except codec.MalformedRecord as error:
-            # Its request stays open, for a leader of a later release perhaps.
-            state.metrics.foreign.inc()
-            state.log.error("job can't be read, left where it is", job=job.job or job.ref, error=str(error))
+        except codec.MalformedRecord:
+            state.note_misread(_place_of(job))
             return
         if job.job:
             bound = Bound(
@@ -276,15 +282,7 @@ class Recovery:
                 number=job.number,
             )
             return
-        waiting = Waiting(
-            ref=Ref.parse(job.ref),
-            envelope=envelope,
-            from_pending=True,
-            failures=job.failures,
-            excluded=job.excluded,
-            crashed=job.crashed,
-        )
-        state.delay(waiting, job.not_before_ms, is_paid=_is_paid(job.cause))
+        state.delay(waiting_from(job), job.not_before_ms, is_paid=_is_paid(job.cause))
 
     async def _rebuild(
         self, marks: Mapping[str, int], floor: Mapping[str, int], *, fresh: bool
@@ -391,20 +389,16 @@ def _is_paid(cause: str) -> bool:
     return cause in FailureCause.__members__.values() and not is_given_back(FailureCause(cause))
 
 
+def _place_of(job: StoredJob) -> Placed:
+    return Placed(ref=Ref.parse(job.ref), job=JobId.parse(job.job) if job.job else None)
+
+
 def _parsed(ref: str) -> Ref | None:
     """A ref, None for what is none."""
     try:
         return Ref.parse(ref)
     except ValueError:
         return None
-
-
-def _ref_in(name: str) -> str:
-    """The ref in a job's id; a pending one is named by its ref."""
-    try:
-        return str(JobId.parse(name).ref)
-    except ValueError:
-        return name
 
 
 def _floor(finished: Iterable[Finished]) -> dict[str, int]:

@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass, field
 
 from dispatcher.backends.clock import Clock
+from dispatcher.backends.store_view import Placed
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
@@ -88,6 +89,9 @@ class LeaderState:
     doomed: dict[str, Doom] = field(default_factory=dict)
     held: dict[str, Envelope] = field(default_factory=dict)
     """Requests whose endings wait in `closing` and can't be read."""
+    misread: dict[str, Placed] = field(default_factory=dict)
+    """Requests whose jobs can't be read, by ref, until they are mended."""
+    misread_found: asyncio.Event = field(default_factory=asyncio.Event)
     deadlines: list[tuple[int, str]] = field(default_factory=list)
     closed: set[str] = field(default_factory=set)
     """Requests that this leader has ended and not published yet."""
@@ -203,6 +207,12 @@ class LeaderState:
         """Note a request whose ending can't be read: its deadline or a cancel is to end it."""
         self._know(envelope)
         self.held[envelope.ref] = envelope
+
+    def note_misread(self, found: Placed) -> None:
+        """Note a request whose job can't be read: it is to be mended."""
+        self.metrics.foreign.inc()
+        self.misread[str(found.ref)] = found
+        self.misread_found.set()
 
     def withdraw(self, ref: str) -> Waiting | None:
         """Take a waiting request out, delayed or not."""

@@ -8,22 +8,21 @@ its job went when its attempt ended, is read again from its lane's log.
 from __future__ import annotations
 
 from dispatcher.backends.outcome_log import Publication
-from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.store_view import StreamEntry
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.names import Ref
-from dispatcher.scheduling.admission import AdmissionLimits, Admitted, admit, lane_limits
+from dispatcher.scheduling.admission import Admitted
 from dispatcher.services.publication import ReadyEnding, dropped, ended, own_job
+from dispatcher.services.recall import Recall
 from dispatcher.services.state import LeaderState
 
 
 class Unreadable:
     """Holds one leader's unreadable entries until their requests may be ended."""
 
-    def __init__(self, state: LeaderState, log: RequestLog, limits: AdmissionLimits) -> None:
+    def __init__(self, state: LeaderState, recall: Recall) -> None:
         self._state = state
-        self._log = log
-        self._limits = limits
+        self._recall = recall
         self._entries: dict[str, StreamEntry] = {}
 
     async def hold(self, ref: Ref, entry: StreamEntry) -> ReadyEnding | None:
@@ -40,7 +39,7 @@ class Unreadable:
             state.unbind(name)
             state.hold(bound.envelope)
         elif name not in self._entries and not state.is_unfinished(name):
-            envelope = await self._recall(ref)
+            envelope = await self._envelope(ref)
             if envelope is None:
                 state.progress_of(ref).excuse(ref.offset)
                 state.log.error(
@@ -53,26 +52,16 @@ class Unreadable:
         self._entries[name] = entry
         return None
 
-    async def _recall(self, ref: Ref) -> Envelope | None:
+    async def _envelope(self, ref: Ref) -> Envelope | None:
         """A request as its record tells it; None when that is gone, or names nobody."""
-        record = await self._log.record_at(ref)
-        if record is None:
+        recalled = await self._recall.read(ref)
+        if recalled is None:
             return None
-        decision = admit(
-            ref,
-            record.key,
-            record.value,
-            appended_ms=record.timestamp_ms,
-            now_ms=record.timestamp_ms,
-            traceparent="",
-            limits=lane_limits(self._limits, ref, self._state.names),
-            carry_bodies=False,
-        )
+        decision, appended_ms = recalled.decision, recalled.record.timestamp_ms
         if isinstance(decision, Admitted):
             return decision.envelope
         if not decision.id:
             return None
-        appended_ms = record.timestamp_ms
         return Envelope(
             ref=str(ref),
             id=decision.id,

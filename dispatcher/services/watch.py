@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.leader_store import LeaderStore
-from dispatcher.backends.store_view import StoredNode, StoreView, stream_order
+from dispatcher.backends.store_view import Placed, StoredNode, StoreView, stream_order
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
@@ -21,6 +21,7 @@ from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.fleet import Fleet
 from dispatcher.scheduling.silence import HealthyClock, silent_nodes
 from dispatcher.scheduling.window import Waiting
+from dispatcher.services.mend import waiting_from
 from dispatcher.services.persist import until_answered
 from dispatcher.services.state import LeaderState
 from dispatcher.telemetry.metrics import DispatcherMetrics
@@ -378,20 +379,13 @@ class Guard:
         if not missing:
             return
         stored = await until_answered(lambda: self._view.pending_jobs(missing), self._state.metrics)
+        unread = set(missing)
         for job in stored:
             try:
-                envelope = codec.envelopes.decode(job.envelope)
-            except codec.MalformedRecord as error:
-                self._state.metrics.foreign.inc()
-                self._state.log.error("pending job can't be read", ref=job.ref, error=str(error))
+                self._state.enter(waiting_from(job))
+            except codec.MalformedRecord:
                 continue
-            self._state.enter(
-                Waiting(
-                    ref=Ref.parse(job.ref),
-                    envelope=envelope,
-                    from_pending=True,
-                    failures=job.failures,
-                    excluded=job.excluded,
-                    crashed=job.crashed,
-                )
-            )
+            unread.discard(job.ref)
+        for ref in sorted(unread):
+            self._state.log.error("pending job can't be read, to be written anew", ref=ref)
+            self._state.note_misread(Placed(ref=Ref.parse(ref), job=None))

@@ -136,6 +136,12 @@ class DispatcherMetrics:
             "Requests whose hashes are of another routing block than the pool's",
             registry=registry,
         )
+        self.mended = Counter(
+            "flexlb_jobs_mended",
+            "Requests whose jobs in Redis could not be read, by what became of them",
+            ["ending"],
+            registry=registry,
+        )
         self.foreign = Counter("flexlb_foreign_entries", "Entries of other makers refused", registry=registry)
 
 

@@ -61,7 +61,10 @@ class Faults:
             self._jump_clock,
             self._renew_settings,
         )
-        self._faults = tuple(fault for fault in faults if not kinds or fault.__name__.lstrip("_") in kinds)
+        by_name = (self._damage_jobs,)  # beside those of every seed
+        self._faults = (
+            tuple(fault for fault in (*faults, *by_name) if fault.__name__.lstrip("_") in kinds) or faults
+        )
 
     async def run(self) -> None:
         """The seed's faults over the fault window."""
@@ -231,6 +234,23 @@ class Faults:
         self._cluster.redis.restart(
             lose_last_s=self._rng.choice([0.02, 0.2, 1.0, 3.0]), down_s=self._rng.choice([0.02, 0.2, 1.0])
         )
+
+    def _damage_jobs(self) -> None:
+        """Some jobs become what no release can read, and a dispatcher dies: the next leader meets them."""
+        rng, redis, names = self._rng, self._cluster.redis, self._cluster.names
+        found = [*redis.call("KEYS", names.pending_job("*")), *redis.call("KEYS", names.job("*"))]
+        jobs = [key for key in sorted(found) if redis.call("HGET", key, "envelope") is not None]
+        damaged = rng.sample(jobs, rng.randint(0, len(jobs)))
+        for key in damaged:
+            field = rng.choice(["envelope", "envelope", "failures"])
+            redis.call(
+                "HSET",
+                key,
+                field,
+                rng.choice(["none of ours", '{"v":99}', "\udcff"]).encode(errors="surrogateescape"),
+            )
+        self._cluster.note(f"damage {len(damaged)} of {len(jobs)} jobs")
+        self._kill_dispatcher()
 
     def _break_kafka(self) -> None:
         self._cluster.note("kafka down")

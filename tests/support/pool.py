@@ -66,6 +66,8 @@ class ScriptedNode:
         self.claimed: list[Claimed] = []
         self.works: list[Work] = []
         self.holds = False
+        self.hears = asyncio.Event()
+        self.hears.set()
         self.answer = ""
         self.store = NodeStore(ScriptRunner(pool.redis), pool.names, name, heartbeat_ttl_s=2.0, lease_s=10.0)
         self._claims = 0
@@ -90,7 +92,8 @@ class ScriptedNode:
 
     async def _work(self) -> None:
         while True:
-            if await self.store.wait_for_work(0.5):
+            await self.hears.wait()
+            if await self.store.wait_for_work(0.5) and self.hears.is_set():
                 await self.claim(64)
                 if not self.holds:
                     await self.finish()

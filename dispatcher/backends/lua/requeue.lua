@@ -38,13 +38,15 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local moved = {'ok'}
 local mine = string.match(KEYS[6], '^rq:queue:(.*)$') .. '--'
-local function move(id)
+local function move(id, is_claimed)
   if string.sub(id, 1, #mine) ~= mine then return end
   local job = 'rq:job:' .. id
   tidy(job, 'HGET', job, '')
   local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts')
   local ref = string.match(string.sub(id, #mine + 1), '^([ib]%d+_%d+)%-%-%d+_%d+$')
-  if not ref or not fields[1] then return end
+  -- In a queue an id without a job may be the record of a failed attempt, put there by RQ's tools; what was claimed is
+  -- a request of ours whatever became of its job: the leader writes that anew.
+  if not ref or not (fields[1] or is_claimed) then return end
   local excluded = fields[2] or ''
   if not string.find(',' .. excluded .. ',', ',' .. ARGV[4] .. ',', 1, true) then
     excluded = excluded == '' and ARGV[4] or (excluded .. ',' .. ARGV[4])
@@ -53,8 +55,10 @@ local function move(id)
     '{"attempt":"%s","node":"%s","cause":"%s"}', string.match(id, '[%d_]*$'), ARGV[4], ARGV[7])
   for line in string.gmatch(lines, '[^\n]+') do attempts[#attempts + 1] = line end
   redis.call('ZREM', KEYS[8], id .. ':flexlb')
-  redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
-  redis.call('PERSIST', ARGV[3] .. 'pending:' .. ref)
+  if redis.call('EXISTS', job) == 1 then
+    redis.call('RENAME', job, ARGV[3] .. 'pending:' .. ref)
+    redis.call('PERSIST', ARGV[3] .. 'pending:' .. ref)
+  end
   redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'ref', ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7],
     'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
   redis.call('ZADD', KEYS[3], now, ref)
@@ -75,7 +79,7 @@ if ARGV[5] == 'fence' then
   end
   for _, id in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
     redis.call('ZREM', KEYS[5], id)
-    move(id)
+    move(id, true)
   end
   for _, member in ipairs(redis.call('ZRANGE', KEYS[8], 0, -1)) do
     move(string.match(member, '^(.*):[^:]*$') or member)
@@ -89,14 +93,14 @@ elseif ARGV[5] == 'queued' then
 elseif ARGV[5] == 'expired' then
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now)) do
     redis.call('ZREM', KEYS[5], id)
-    move(id)
+    move(id, true)
   end
 else
   for _, id in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
     tidy('rq:job:' .. id, 'HGET', 'rq:job:' .. id, '')
     if redis.call('HGET', 'rq:job:' .. id, 'incarnation') ~= ARGV[6] then
       redis.call('ZREM', KEYS[5], id)
-      move(id)
+      move(id, true)
     end
   end
 end
