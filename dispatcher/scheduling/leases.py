@@ -22,11 +22,11 @@ MOST_IDLE = 10_000
 
 @dataclass(slots=True)
 class _Lease:
-    """`heard_s`: the first proof after it was heard last, None before that."""
+    """`heard_s`: the first proof after it was heard last, None before that. `refs`: as they came."""
 
     ttl_s: float = LONGEST_TTL_S
     heard_s: float | None = None
-    refs: set[str] = field(default_factory=set)
+    refs: dict[str, None] = field(default_factory=dict)
 
 
 class Leases:
@@ -59,7 +59,7 @@ class Leases:
             self.orphans[ref] = None
             return
         self._keys_of[ref] = (key,)
-        self._lease(key).refs.add(ref)
+        self._lease(key).refs[ref] = None
         self._idle.pop(key, None)
 
     def share(self, ref: str, key: LeaseKey | None) -> None:
@@ -71,7 +71,7 @@ class Leases:
             self.drop(ref)
             return
         self._keys_of[ref] = (*keys, key)
-        self._lease(key).refs.add(ref)
+        self._lease(key).refs[ref] = None
         self._idle.pop(key, None)
 
     def drop(self, ref: str) -> None:
@@ -79,7 +79,7 @@ class Leases:
         self.orphans.pop(ref, None)
         for key in self._keys_of.pop(ref, ()):
             lease = self._leases[key]
-            lease.refs.discard(ref)
+            lease.refs.pop(ref, None)
             if not lease.refs:
                 self._rest(key)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,16 @@ def test_a_seed_takes_the_same_steps_again(seed: int) -> None:
     first = steps()
     assert len(first) > 1000
     assert first == steps()
+
+
+def test_a_seed_takes_the_same_steps_in_every_process() -> None:
+    # What iterates over a set of strings goes by the hashes that a process draws.
+    steps = []
+    for hashes in ("77", "154"):
+        command = [sys.executable, "-m", "tests.simulation", "6", "8", "--trace"]
+        steps.append(subprocess.check_output(command, env={**os.environ, "PYTHONHASHSEED": hashes}))
+    assert len(steps[0]) > 100_000
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.long
