@@ -26,7 +26,8 @@ class Clock:
 
     def now_iso(self) -> str:
         """The form in which RQ keeps times, e.g. `2026-01-31T12:00:00.000000Z`."""
-        return datetime.fromtimestamp(self.epoch_s(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        text = datetime.fromtimestamp(self.epoch_s(), UTC).isoformat(timespec="microseconds")
+        return text.removesuffix("+00:00") + "Z"
 
 
 DOUBT_PER_S = 0.01

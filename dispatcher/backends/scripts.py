@@ -6,6 +6,7 @@ becomes an exception here: DEPOSED (a leader's epoch is old), FENCED (an agent's
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -34,8 +35,18 @@ class Script:
 
     def __init__(self, name: str, source: str | None = None) -> None:
         self.name = name
-        self.source = source or (files("dispatcher.backends") / "lua" / f"{name}.lua").read_text()
-        self.digest = hashlib.sha1(self.source.encode()).hexdigest()
+        self.source = source or _shipped(name)
+        self.digest = _digest(self.source)
+
+
+@functools.cache
+def _shipped(name: str) -> str:
+    return (files("dispatcher.backends") / "lua" / f"{name}.lua").read_text()
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(source: str) -> str:
+    return hashlib.sha1(source.encode()).hexdigest()
 
 
 def translate(error: RedisError, doing: str) -> Exception:

@@ -181,6 +181,10 @@ class Guard:
         self._forgot_at = 0.0
         self._astray: dict[str, str] = {}
         self._drained: set[str] = set()
+        nodes, cordoned = state.metrics.nodes, state.metrics.cordoned
+        self._available, self._unavailable = nodes.labels("available"), nodes.labels("unavailable")
+        self._on_probation = nodes.labels("on_probation")
+        self._cordoned = {wish: cordoned.labels(wish.value) for wish in Wish}
 
     async def run(self) -> None:
         """Follow and act until cancelled."""
@@ -211,8 +215,8 @@ class Guard:
         await self._check_generation()
         await self._reconcile()
         await self._forget_gone()
-        state.metrics.nodes.labels("available").set(len(heard))
-        state.metrics.nodes.labels("unavailable").set(len(mirror.fleet.nodes) - len(heard))
+        self._available.set(len(heard))
+        self._unavailable.set(len(mirror.fleet.nodes) - len(heard))
         state.metrics.stale_load_s.set(max((now_s - last for last in heard.values()), default=0))
 
     def _end_probations(self) -> None:
@@ -223,7 +227,7 @@ class Guard:
             if node.breaker.tick(now_s):
                 state.log.info("node is tried again with one request at a time", node=node.name)
             on_probation += node.available and node.breaker.state is not BreakerState.CLOSED
-        state.metrics.nodes.labels("on_probation").set(on_probation)
+        self._on_probation.set(on_probation)
 
     async def _obey(self) -> None:
         """Give back what is queued at nodes that shall drain; nothing new is bound to them meanwhile."""
@@ -239,9 +243,8 @@ class Guard:
             moved = await self._requeue(name, "queued", "", FailureCause.DRAINING)
             state.log.warning("node drains", node=name, moved=moved)
         self._drained = draining
-        for wish in Wish:
-            count = sum(one is wish for one in cordons.values())
-            state.metrics.cordoned.labels(wish.value).set(count)
+        for wish, gauge in self._cordoned.items():
+            gauge.set(sum(one is wish for one in cordons.values()))
 
     async def _welcome(self, name: str) -> None:
         node = self._mirror.fleet.nodes[name]
