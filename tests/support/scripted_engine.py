@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
 from collections.abc import AsyncGenerator, Sequence
@@ -18,6 +19,7 @@ PROMPT_IDS = (1_000_001,) * 8
 MOST_TOKENS = 40
 
 
+@functools.lru_cache(maxsize=4096)
 def answer_of(request_id: str, tokens: int) -> str:
     """The text that the simulated engines generate for a request."""
     return "".join(f"{request_id}.{number} " for number in range(tokens))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from types import SimpleNamespace
@@ -115,7 +116,8 @@ class Partition:
     @property
     def stable_end(self) -> int:
         """The last stable offset: everything below is decided."""
-        return min(self.first_open.values(), default=self.end)
+        open_from = self.first_open
+        return min(open_from.values()) if open_from else self.start + len(self.entries)
 
     def limit(self, read_committed: bool) -> int:
         """How far a reader may see."""
@@ -175,7 +177,7 @@ class _Batch:
     created_s: float
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _Fetched:
     """A partition's part of a fetch answer."""
 
@@ -183,6 +185,10 @@ class _Fetched:
     entries: list[Entry] = field(default_factory=list)
     end: int = 0
     stable_end: int = 0
+
+
+def _has_news(answer: Mapping[TopicPartition, _Fetched]) -> bool:
+    return any(part.entries or part.error for part in answer.values())
 
 
 def visible(entry: Entry, read_committed: bool) -> bool:
@@ -215,7 +221,12 @@ def choose_partition(key: bytes | None, count: int, rng: Random) -> int:
     """aiokafka's default partitioner, with its chance from the simulation."""
     if key is None:
         return rng.randrange(count)
-    return int(murmur2(key) & 0x7FFFFFFF) % count
+    return _hash_of(key) % count
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of(key: bytes) -> int:
+    return int(murmur2(key) & 0x7FFFFFFF)
 
 
 class Broker:
@@ -228,7 +239,7 @@ class Broker:
         self._server = server
         self._producers: dict[str, _Producer] = {}
         self._next_producer_id = 0
-        self._polls: dict[asyncio.Future[Any], Callable[[], Any]] = {}
+        self._polls: dict[asyncio.Future[Any], tuple[Callable[[], Any], Iterable[TopicPartition]]] = {}
 
     def now_ms(self) -> int:
         """The broker's clock."""
@@ -301,15 +312,16 @@ class Broker:
             answer = {}
             for tp, position in positions.items():
                 part = self._read(tp, position, read_committed, min(max_partition_bytes, left))
-                left -= sum(entry.size_bytes for entry in part.entries)
+                if part.entries:
+                    left -= sum(entry.size_bytes for entry in part.entries)
                 answer[tp] = part
             return answer
 
         answer = look()
-        if any(part.entries or part.error for part in answer.values()):
+        if _has_news(answer):
             return answer
         future = self.network.loop.create_future()
-        self._polls[future] = look
+        self._polls[future] = look, positions
         future.add_done_callback(lambda _: self._polls.pop(future, None), context=OUTSIDE)
         self.network.loop.call_later(max_wait_s, self._give_up, future, context=OUTSIDE)
         return future
@@ -321,28 +333,29 @@ class Broker:
             return _Fetched(error=error)
         if not partition.start <= position <= partition.end:
             return _Fetched(error=OffsetOutOfRangeError({tp: position}))
+        stable_end = partition.stable_end
         entries: list[Entry] = []
-        for entry in partition.slice(position, partition.limit(read_committed)):
+        for entry in partition.slice(position, stable_end if read_committed else partition.end):
             max_bytes -= entry.size_bytes
             if entries and max_bytes < 0:
                 break
             entries.append(entry)
-        return _Fetched(entries=entries, end=partition.end, stable_end=partition.stable_end)
+        return _Fetched(entries=entries, end=partition.end, stable_end=stable_end)
 
     def _give_up(self, future: asyncio.Future[Any]) -> None:
         def answer() -> None:
-            look = self._polls.pop(future, None)
-            if look is not None and not future.done():
-                future.set_result(look())
+            poll = self._polls.pop(future, None)
+            if poll is not None and not future.done():
+                future.set_result(poll[0]())
 
         self._server.when_running(answer)
 
-    def wake_polls(self) -> None:
-        """Answer the long polls that have something now."""
-        for future, look in list(self._polls.items()):
-            if not future.done():
+    def wake_polls(self, changed: Collection[TopicPartition]) -> None:
+        """Answer the long polls that have something now that these partitions changed."""
+        for future, (look, positions) in list(self._polls.items()):
+            if not future.done() and any(tp in positions for tp in changed):
                 answer = look()
-                if any(part.entries or part.error for part in answer.values()):
+                if _has_news(answer):
                     del self._polls[future]
                     future.set_result(answer)
 
@@ -383,7 +396,7 @@ class Broker:
                 answer[tp] = self._produce(tp, batch, transactional_id, producer_id, epoch)
             except KafkaError as error:
                 answer[tp] = error
-        self.wake_polls()
+        self.wake_polls(batches)
         return answer
 
     def _produce(
@@ -532,7 +545,7 @@ class Broker:
             )
         )
         partition.first_open.pop(transaction, None)
-        self.wake_polls()
+        self.wake_polls((tp,))
 
     def _apply(self, group: str, transaction: Transaction) -> None:
         if not transaction.is_aborted:
@@ -605,7 +618,7 @@ class SimKafka:
             future=self._network.loop.create_future(),
         )
         self.broker.append(tp, [record], None)
-        self.broker.wake_polls()
+        self.broker.wake_polls((tp,))
         return tp
 
     def committed(self, topic: str) -> list[ConsumerRecord[bytes | None, bytes | None]]:

@@ -1,8 +1,8 @@
 """An event loop whose time is virtual: when nothing is ready, time jumps to the next timer.
 
 Simulated processes call production code that waits, sleeps and times out; here an hour of that costs
-what its callbacks cost. Two runs of the same program take the same steps: tasks and futures hash by
-the order of their creation, so that sets of them (in `TaskGroup` and `asyncio.wait`) iterate alike.
+what its callbacks cost. Two runs of the same program take the same steps: tasks and futures hash by the
+order in which they first are, so that sets of them (in `TaskGroup` and `asyncio.wait`) iterate alike.
 
 A callback belongs to the `Scope` that was current when it was scheduled. While a scope is held, none
 of its callbacks runs, which is what SIGSTOP does to a process.
@@ -14,10 +14,9 @@ import asyncio
 import heapq
 import itertools
 import selectors
-from asyncio.events import Handle, TimerHandle
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dispatcher.backends.clock import Clock
 
@@ -45,7 +44,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.held: list[Handle] | None = None
+        self.held: list[_Handle] | None = None
 
     def context(self) -> Context:
         """A copy of the current context in which callbacks and tasks belong to this scope."""
@@ -53,16 +52,18 @@ class Scope:
         context.run(SCOPE.set, self)
         return context
 
-    def hold(self) -> None:
+    def hold(self, loop: VirtualLoop) -> None:
         """Run none of this scope's callbacks until released."""
         if self.held is None:
             self.held = []
+            loop.scopes_held += 1
 
-    def release(self, loop: asyncio.AbstractEventLoop) -> None:
+    def release(self, loop: VirtualLoop) -> None:
         """Run what was held back, in order, then go on."""
-        held, self.held = self.held or [], None
-        for handle in held:
-            cast(VirtualLoop, loop).resume(handle)
+        if self.held is not None:
+            held, self.held = self.held, None
+            loop.scopes_held -= 1
+            loop.resume(held)
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("scope", default=None)
@@ -70,50 +71,47 @@ OUTSIDE = Context()
 """The context of what belongs to no process: servers and the network."""
 
 
-class _Held(Handle):
-    """A callback; asyncio's own handle without what only its debug mode needs."""
+class _Handle(list[Any]):
+    """A callback: its moment in loop time, the number of its making, context, function and arguments.
+
+    One moment's callbacks run by number; as a list it is made, compared and taken apart by the interpreter.
+    """
 
     __slots__ = ()
-
-    def __init__(self, callback: Any, args: Any, loop: VirtualLoop, context: Context | None) -> None:
-        self._context = copy_context() if context is None else context
-        self._loop = loop
-        self._callback = callback
-        self._args = args
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
 
     def cancel(self) -> None:
-        self._cancelled = True
-        self._callback = self._args = None  # type: ignore[assignment]
+        """Don't run it."""
+        self[3] = self[4] = None
 
+    def cancelled(self) -> bool:
+        """Whether it is not to run."""
+        return self[3] is None
 
-class _HeldTimer(_Held, TimerHandle):
-    """A callback of a later moment; `_when` is loop time."""
-
-    __slots__ = ()
+    def when(self) -> float:
+        """Its moment."""
+        return float(self[0])
 
 
 _order = itertools.count()
 
 
 class _Task(asyncio.Task[T]):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._order = next(_order)
-        super().__init__(*args, **kwargs)
+    place = -1
 
     def __hash__(self) -> int:
-        return self._order
+        if self.place < 0:
+            self.place = next(_order)
+        return self.place
 
 
 class _Future(asyncio.Future[T]):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._order = next(_order)
-        super().__init__(*args, **kwargs)
+    place = -1
+    """A number of its own, given when it is hashed first: most futures never are."""
 
     def __hash__(self) -> int:
-        return self._order
+        if self.place < 0:
+            self.place = next(_order)
+        return self.place
 
 
 class _NoFiles(selectors.BaseSelector):
@@ -145,8 +143,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         global _order
         _order = itertools.count()
         super().__init__(_NoFiles())
-        self._timers: list[tuple[float, int, _HeldTimer]] = []
-        self._timers_made = 0
+        self._timers: list[_Handle] = []
+        self._made = 0
+        self.scopes_held = 0
 
     def time(self) -> float:
         """Seconds since the simulation began."""
@@ -156,37 +155,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Seconds since 1970."""
         return self._start_epoch_s + self._now
 
-    def _wait(self) -> None:
-        """Let time jump to the next timer when nothing is ready."""
-        self._iterations_left -= 1
-        self._without_waiting += 1
-        if self._iterations_left < 0:
-            self._iterations_left = SHUTDOWN_ITERATIONS
-            raise Runaway(
-                f"{self._max_iterations} loop iterations at {self._now:.3f} s: expected the simulation to be "
-                f"over; shorten it or raise max_iterations. {self.describe_tasks()}"
-            )
-        timers = self._timers
-        if not self._ready and not self._stopping:  # type: ignore[attr-defined]
-            while timers and timers[0][2]._cancelled:
-                heapq.heappop(timers)
-            if not timers:
-                raise Deadlock(
-                    f"nothing ready and nothing scheduled at {self._now:.3f} s: expected at least one timer; "
-                    f"something waits for an event that nobody sends. {self.describe_tasks()}"
-                )
-            if timers[0][0] > self._now:
-                self._now = timers[0][0]
-                self._without_waiting = 0
-                return
-        if self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
-            self._now += 1e-6
-        if self._without_waiting > MAX_ITERATIONS_WITHOUT_WAITING:
-            self._without_waiting = 0
-            raise Runaway(
-                f"{MAX_ITERATIONS_WITHOUT_WAITING} loop iterations in a row without waiting, "
-                f"at {self._now:.3f} s: a task spins. {self.describe_tasks()}"
-            )
+    def get_debug(self) -> bool:
+        """Never: asked for each future."""
+        return False
 
     def describe_tasks(self) -> str:
         """The pending tasks and where each waits."""
@@ -197,63 +168,106 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             lines.append(f"{task.get_name()} ({where})")
         return f"Pending tasks: {', '.join(lines) or 'none'}"
 
-    def resume(self, handle: Handle) -> None:
-        """Run a handle that was held back."""
-        self._ready.append(handle)  # type: ignore[attr-defined]
+    def resume(self, handles: Iterable[_Handle]) -> None:
+        """Run handles that were held back."""
+        self._ready.extend(handles)  # type: ignore[attr-defined]
 
     # What asyncio's own loop does, with our handles, tasks, futures and timers.
 
     def _run_once(self) -> None:
-        self._wait()
+        """Go round until the loop is stopped; asyncio's goes round once."""
         ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
-        end = self._now + RESOLUTION_S
-        while timers and timers[0][0] < end:
-            timer = heapq.heappop(timers)[2]
-            if not timer._cancelled:
-                ready.append(timer)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if handle._cancelled:
-                continue
-            scope = handle._context.get(SCOPE)
-            if scope is not None and scope.held is not None:
-                scope.held.append(handle)
-                continue
-            try:
-                handle._context.run(handle._callback, *handle._args)
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                self.call_exception_handler(
-                    {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
+        take, put, pop = ready.popleft, ready.append, heapq.heappop
+        while True:
+            self._iterations_left -= 1
+            self._without_waiting += 1
+            if self._iterations_left < 0:
+                self._iterations_left = SHUTDOWN_ITERATIONS
+                raise Runaway(
+                    f"{self._max_iterations} loop iterations at {self._now:.3f} s: expected the simulation "
+                    f"to be over; shorten it or raise max_iterations. {self.describe_tasks()}"
                 )
+            if ready or self._stopping or not self._jump(timers):  # type: ignore[attr-defined]
+                self._stay()
+            end = self._now + RESOLUTION_S
+            while timers and timers[0][0] < end:
+                put(pop(timers))
+            for _ in range(len(ready)):
+                handle = take()
+                _, _, context, callback, arguments = handle
+                if callback is None:
+                    continue
+                if self.scopes_held:
+                    scope = context.get(SCOPE)
+                    if scope is not None and scope.held is not None:
+                        scope.held.append(handle)
+                        continue
+                try:
+                    context.run(callback, *arguments)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler(
+                        {
+                            "message": f"Exception in callback {callback!r}",
+                            "exception": error,
+                            "handle": handle,
+                        }
+                    )
+            if self._stopping:  # type: ignore[attr-defined]
+                return
+
+    def _jump(self, timers: list[_Handle]) -> bool:
+        """Let time jump to the next timer; False when that is due already."""
+        while timers and timers[0][3] is None:
+            heapq.heappop(timers)
+        if not timers:
+            raise Deadlock(
+                f"nothing ready and nothing scheduled at {self._now:.3f} s: expected at least one timer; "
+                f"something waits for an event that nobody sends. {self.describe_tasks()}"
+            )
+        if timers[0][0] <= self._now:
+            return False
+        self._now = timers[0][0]
+        self._without_waiting = 0
+        return True
+
+    def _stay(self) -> None:
+        """Go round at the same moment."""
+        if self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
+            self._now += 1e-6
+        if self._without_waiting > MAX_ITERATIONS_WITHOUT_WAITING:
+            self._without_waiting = 0
+            raise Runaway(
+                f"{MAX_ITERATIONS_WITHOUT_WAITING} loop iterations in a row without waiting, "
+                f"at {self._now:.3f} s: a task spins. {self.describe_tasks()}"
+            )
 
     def call_soon(  # type: ignore[override]
         self, callback: Any, *args: Any, context: Context | None = None
-    ) -> Handle:
+    ) -> _Handle:
         """Schedule `callback` for the next iteration."""
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
-        handle = _Held(callback, args, self, context)
+        handle = _Handle((0.0, 0, copy_context() if context is None else context, callback, args))
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> TimerHandle:
+    ) -> _Handle:
         """Schedule `callback` in `delay` seconds."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> TimerHandle:
+    ) -> _Handle:
         """Schedule `callback` at loop time `when`; those of one moment run in the order they were made."""
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
-        timer = _HeldTimer(callback, args, self, context)
-        timer._when = when  # type: ignore[attr-defined]
-        self._timers_made += 1
-        heapq.heappush(self._timers, (when, self._timers_made, timer))
+        self._made += 1
+        timer = _Handle((when, self._made, copy_context() if context is None else context, callback, args))
+        heapq.heappush(self._timers, timer)
         return timer
 
     def create_future(self) -> asyncio.Future[Any]:

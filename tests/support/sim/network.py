@@ -131,7 +131,7 @@ class Process:
         if self.is_alive:
             self._frozen.extend(seconds)
             self._awake.clear()
-            self._scope.hold()
+            self._scope.hold(self._loop)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -166,6 +166,7 @@ class Server:
         self.is_up = True
         self.incarnation = 0
         self._loop = loop
+        self.is_running = True
         self._later: list[Callable[[], None]] | None = None
         self._waiting: dict[Call, None] = {}
         self._down = _Window(loop, self.up)
@@ -189,12 +190,14 @@ class Server:
         """Keep what arrives and do nothing; go on after `seconds`, if given."""
         if self._later is None:
             self._later = []
+            self.is_running = False
         self._frozen.extend(seconds)
 
     def thaw(self) -> None:
         """Do what was kept, in order."""
         self._frozen.close()
         later, self._later = self._later or [], None
+        self.is_running = True
         for step in later:
             step()
 
@@ -209,8 +212,13 @@ class Server:
 class Call:
     """One call on its way; made by `Network.call`."""
 
+    __slots__ = (
+        *("network", "process", "server", "effect", "label", "incarnation"),
+        *("loses_request", "loses_answer", "answer", "_wait"),
+    )
+
     def __init__(
-        self, network: Network, process: Process, server: Server, effect: Callable[[], Any], label: str
+        self, network: Network, process: Process, server: Server, effect: Callable[[], Any], label: object
     ) -> None:
         self.network = network
         self.process = process
@@ -225,13 +233,16 @@ class Call:
 
     def arrive(self) -> None:
         """The request reaches the server."""
-        cut = self.network.cut_of(self)
-        if not self.process.is_alive and not self.network.survives_kill():
-            self.network.note(self, "lost with its sender")
+        network = self.network
+        cut = network.cut_of(self) if network.cuts else None
+        if not self.process.is_alive and not network.survives_kill():
+            network.note(self, "lost with its sender")
         elif cut is not None:
             self._stopped(cut, self.arrive)
         elif self.loses_request:
             self.break_off(f"{self.server.name}: connection cut")
+        elif self.server.is_running:
+            self._take_effect()
         else:
             self.server.when_running(self._take_effect)
 
@@ -250,13 +261,16 @@ class Call:
         if not self.server.is_up or self.incarnation != self.server.incarnation:
             self.break_off(f"{self.server.name}: connection refused")
             return
-        self.network.note(self, "effect")
+        network = self.network
+        if network.is_traced:
+            network.note(self, "effect")
         try:
             result = self.effect()
         except Exception as error:
             self._reply(None, error)
             return
-        self.network.spring(self)
+        if network.traps:
+            network.spring(self)
         if isinstance(result, asyncio.Future):
             self._wait = result
             self.server._waiting[self] = None
@@ -276,7 +290,8 @@ class Call:
         if self.loses_answer:
             self.break_off(f"{self.server.name}: connection cut")
         else:
-            self.network.later(self._finish, result, error)
+            network = self.network
+            network.loop.call_later(network.delay_s(), self._finish, result, error, context=OUTSIDE)
 
     def break_off(self, why: str) -> None:
         """The connection broke: the caller learns that, and no more."""
@@ -287,11 +302,13 @@ class Call:
     def _finish(self, result: Any, error: BaseException | None) -> None:
         if self.answer.done():
             return
-        cut = self.network.cut_of(self)
+        network = self.network
+        cut = network.cut_of(self) if network.cuts else None
         if cut is not None and not cut.refuses:
             self._stopped(cut, self._finish, result, error)
             return
-        self.network.note(self, "answer" if error is None else f"error {error}")
+        if network.is_traced:
+            network.note(self, "answer" if error is None else f"error {error}")
         if error is None:
             self.answer.set_result(result)
         else:
@@ -326,8 +343,9 @@ class Network:
         self.loop = loop
         self.profile = profile
         self._trace = trace
-        self._cuts: dict[tuple[str, str], _Cut] = {}
-        self._traps: dict[tuple[str, str], tuple[int, Callable[[], None]]] = {}
+        self.is_traced = trace is not None
+        self.cuts: dict[tuple[str, str], _Cut] = {}
+        self.traps: dict[tuple[str, str], tuple[int, Callable[[], None]]] = {}
         self._lag_until_s = 0.0
         self._lag_s = 0.0
 
@@ -339,35 +357,31 @@ class Network:
             refuses: connections break at once; else what is sent arrives when the cut is over, its sender
                 perhaps having given up and sent it again.
         """
-        self._cuts[process, server] = _Cut(until_s=self.loop.time() + seconds, refuses=refuses)
+        self.cuts[process, server] = _Cut(until_s=self.loop.time() + seconds, refuses=refuses)
 
     def cut_of(self, call: Call) -> _Cut | None:
         """What keeps this call's messages from passing now."""
-        if not self._cuts:
-            return None
         key = call.process.name, call.server.name
-        cut = self._cuts.get(key)
+        cut = self.cuts.get(key)
         if cut is not None and cut.until_s <= self.loop.time():
-            del self._cuts[key]
+            del self.cuts[key]
             return None
         return cut
 
     def trap(self, process: str, server: str, effects: int, spring: Callable[[], None]) -> None:
         """Call `spring` after so many more effects of a process at a server, the last not heard of yet."""
-        self._traps[process, server] = effects, spring
+        self.traps[process, server] = effects, spring
 
     def spring(self, call: Call) -> None:
         """Count one effect."""
-        if not self._traps:
-            return
         key = call.process.name, call.server.name
-        if key not in self._traps:
+        if key not in self.traps:
             return
-        effects, spring = self._traps[key]
+        effects, spring = self.traps[key]
         if effects > 1:
-            self._traps[key] = effects - 1, spring
+            self.traps[key] = effects - 1, spring
         else:
-            del self._traps[key]
+            del self.traps[key]
             self.loop.call_soon(spring, context=OUTSIDE)
 
     def lag(self, lag_s: float, seconds: float) -> None:
@@ -384,10 +398,13 @@ class Network:
         server: Server,
         effect: Callable[[], Any],
         *,
-        label: str,
+        label: object,
         timeout_s: float | None = None,
     ) -> Any:
         """Have `effect` called once at the server and return its answer.
+
+        Args:
+            label: what it is called in the trace and in errors, made text only there.
 
         An effect that returns a future makes the caller wait in the server until it is set; the
         future is cancelled when the caller leaves. What an effect raises is its answer.
@@ -397,22 +414,27 @@ class Network:
             server.timed_out: no answer within `timeout_s`; the same, and it may still come.
             CancelledError: the process is dead.
         """
-        await process.running()
+        if process.is_frozen or not process.is_alive:
+            await process.running()
         call = Call(self, process, server, effect, label)
         profile = self.profile
         if profile.cut_share and self.rng.random() < profile.cut_share:
             call.loses_request = self.rng.random() < 0.5
             call.loses_answer = not call.loses_request
         process._calls[call] = None
-        self.later(call.arrive)
+        self.loop.call_later(self.delay_s(), call.arrive, context=OUTSIDE)
         timer = self.loop.call_later(timeout_s, call.time_out) if timeout_s is not None else None
+        is_answered = False
         try:
-            return await call.answer
+            answer = await call.answer
+            is_answered = True
+            return answer
         finally:
             if timer is not None:
                 timer.cancel()
             del process._calls[call]
-            call.leave()
+            if not is_answered:
+                call.leave()
             if process.is_frozen or not process.is_alive:
                 await process.running()
 
@@ -428,9 +450,9 @@ class Network:
         draw = rng.random()
         if draw < profile.stall_share:
             return profile.stall_s
-        if draw < profile.stall_share + profile.slow_share:
-            return rng.uniform(*profile.slow_s)
-        return rng.uniform(*profile.usual_s)
+        is_slow = draw < profile.stall_share + profile.slow_share
+        least, most = profile.slow_s if is_slow else profile.usual_s
+        return least + (most - least) * rng.random()
 
     def survives_kill(self) -> bool:
         """Whether a message of a dead process arrives."""

@@ -10,6 +10,7 @@ moment; so TIME, expiry and stream ids are virtual, and other users of fakeredis
 
 Lua: fakeredis compiles a script and collects garbage on every call. `_Scripts` keeps one runtime and
 the compiled functions for all simulations of a Python process; globals are read-only, as in Redis.
+What our scripts and clients ask for most is done by `quick_commands`, all else by fakeredis.
 The line `#!lua flags=...`, which Lua itself can't parse, is taken off here; digests are of the whole.
 """
 
@@ -38,12 +39,12 @@ from fakeredis._socket import FakeSocket
 from fakeredis._socket._resp import convert_to_resp2, extract_command
 from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE, _convert_redis_arg
 from redis.asyncio.client import Pipeline
-from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from dispatcher.backends.connect import REDIS_TIMEOUT_S
 from tests.support.sim.loop import OUTSIDE
 from tests.support.sim.network import Network, Process, Server
+from tests.support.sim.quick_commands import QUICK, Slow, read_after, reading
 
 HISTORY_S = 10.0
 """How far back `restart(lose_last_s=...)` can go."""
@@ -117,12 +118,20 @@ class _State(FakeServer):
             database._expiry_heap.clear()
 
 
+_ARE_IN_LUA_TOO = frozenset((bytes, int, type(None)))
+
+
+class _Special(Exception):
+    """An answer of a script that fakeredis is to convert."""
+
+
 class _Scripts:
     """One Lua runtime and the functions compiled in it."""
 
     def __init__(self) -> None:
         self.lua = LUA_MODULE.LuaRuntime(encoding=None, unpack_returned_tuples=True)
         self.socket: Any = None
+        self._digests: dict[bytes, bytes] = {}
         self._functions: dict[bytes, Any] = {}
         self._signatures: dict[bytes, tuple[str, Any]] = {}
         setup = self.lua.eval(
@@ -148,6 +157,46 @@ class _Scripts:
             """
         )
         setup(self._call)
+        self.flat = self.lua.eval(
+            """
+            function(answer)
+              if answer.err ~= nil or answer.ok ~= nil or answer.double ~= nil or answer.map ~= nil
+                  or #answer > 1000 then return -1 end
+              return #answer, unpack(answer)
+            end
+            """
+        )
+        self._table_type = type(self.lua.table())
+
+    def digest(self, source: bytes) -> bytes:
+        """What EVALSHA calls a script."""
+        found = self._digests.get(source)
+        if found is None:
+            found = self._digests[source] = hashlib.sha1(source).hexdigest().encode()
+        return found
+
+    def answer(self, value: Any) -> Any:
+        """What a script returned, as the server sends it; `_Special` for an error, a status and the like."""
+        kind = type(value)
+        if kind is bytes or kind is int or value is None:
+            return value
+        if kind is float:
+            return int(value)
+        if kind is bool:
+            return 1 if value else None
+        if kind is not self._table_type:
+            raise _Special
+        items = self.flat(value)
+        if type(items) is not tuple:
+            if items == 0:
+                return []
+            raise _Special
+        answers = []
+        for item in items[1:]:
+            if item is None:
+                break
+            answers.append(item if type(item) is bytes else self.answer(item))
+        return answers
 
     def compiled(self, source: bytes) -> Any:
         """The function of a script, its first line taken off when that is for the server."""
@@ -161,6 +210,26 @@ class _Scripts:
         return function
 
     def _call(self, command: bytes, *arguments: Any) -> Any:
+        socket = self.socket
+        values = [value if type(value) is bytes else _convert_redis_arg(value) for value in arguments]
+        quick = QUICK.get(command)
+        if quick is not None and quick[1] <= len(values) <= quick[2]:
+            try:
+                result = quick[0](socket._db, values)
+            except Slow:
+                result = self._ask(command, values)
+        else:
+            result = self._ask(command, values)
+        if result is None:
+            return False
+        kind = type(result)
+        if kind is bytes or kind is int:
+            return result
+        if kind is list and all(map(_ARE_IN_LUA_TOO.__contains__, map(type, result))):
+            return self.lua.table_from([False if item is None else item for item in result])
+        return socket._convert_redis_result(self.lua, result)
+
+    def _ask(self, command: bytes, values: list[bytes]) -> Any:
         found = self._signatures.get(command)
         if found is None:
             name = command.decode().lower()
@@ -169,17 +238,7 @@ class _Scripts:
             signature = SUPPORTED_COMMANDS[name]
             found = self._signatures[command] = (signature.func_name, signature)
         socket = self.socket
-        result = socket._run_command(
-            getattr(socket, found[0]),
-            found[1],
-            [value if type(value) is bytes else _convert_redis_arg(value) for value in arguments],
-            True,
-        )
-        if result is None:
-            return False
-        if type(result) is bytes or type(result) is int:
-            return result
-        return socket._convert_redis_result(self.lua, result)
+        return socket._run_command(getattr(socket, found[0]), found[1], values, True)
 
 
 _scripts = functools.cache(_Scripts)
@@ -239,19 +298,65 @@ class _Socket(FakeSocket):
 
     def execute(self, fields: list[bytes], now_s: float) -> Any:
         """Run one command: its answer, an error in place of it, or `_Blocked`."""
-        name, arguments = extract_command(fields)
-        with _at(now_s):
+        _clock.at_s = now_s
+        try:
             for database in self._server.dbs.values():
                 database.time = now_s
             try:
-                if name in {"blmove", "brpoplpush"}:
-                    return self._move(name, arguments)
-                function, signature = self._name_to_func(name)
-                signature.check_arity(arguments, self.version)
-                result = self._run_command(function, signature, arguments, False)
+                return self._quickly(fields)
+            except Slow:
+                return self._slowly(fields)
+        finally:
+            _clock.at_s = None
+
+    def _slowly(self, fields: list[bytes]) -> Any:
+        """Run a command as fakeredis does."""
+        name, arguments = extract_command(fields)
+        try:
+            if name in {"blmove", "brpoplpush"}:
+                return self._move(name, arguments)
+            function, signature = self._name_to_func(name)
+            signature.check_arity(arguments, self.version)
+            result = self._run_command(function, signature, arguments, False)
+        except SimpleError as error:
+            result = error
+        return result if isinstance(result, _Blocked) else self._decode_result(result)
+
+    def _quickly(self, fields: list[bytes]) -> Any:
+        """Run a command in its usual shape, past fakeredis's preparations.
+
+        Raises:
+            Slow: it has another; nothing was done.
+        """
+        name = fields[0]
+        if name == b"EVALSHA":
+            script = self._server.script_cache.get(fields[1])
+            if script is None or not fields[2].isdigit() or int(fields[2]) > len(fields) - 3:
+                raise Slow
+            try:
+                return self._decode_result(self.eval(script, int(fields[2]), *fields[3:]))
             except SimpleError as error:
-                result = error
-            return result if isinstance(result, _Blocked) else self._decode_result(result)
+                return self._decode_result(error)
+        if name == b"XREAD":
+            return self._read_stream(fields[1:])
+        quick = QUICK.get(name)
+        if quick is None or not quick[1] < len(fields) <= quick[2] + 1:
+            raise Slow
+        result = quick[0](self._db, fields[1:])
+        return result if type(result) in _PLAIN else self._decode_result(result)
+
+    def _read_stream(self, arguments: list[bytes]) -> Any:
+        key, after, count, block_s = reading(arguments)
+        found = read_after(self._db, key, after, count)
+        if found is not None:
+            return found
+        if block_s is None:
+            return []
+
+        def retry() -> Any:
+            return read_after(self._db, key, after, count)
+
+        return _Blocked(block_s, retry, lambda: None)
 
     def _run_command(self, func: Any, sig: Signature, args: list[bytes], from_script: bool) -> Any:
         """What fakeredis does for a server like ours: no other protocol, no notifications, nobody watches."""
@@ -303,23 +408,25 @@ class _Socket(FakeSocket):
         return _Blocked(timeout or 0.0, retry, lambda: shaped(None))
 
     def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
-        self._server.script_cache[hashlib.sha1(script).hexdigest().encode()] = script
+        scripts = _scripts()
+        self._server.script_cache[scripts.digest(script)] = script
         if self._server.is_full and b"allow-oom" not in script.partition(b"\n")[0]:
             raise SimpleError(
                 "OOM allow-oom flag is not set on the script, can not run it when used memory > 'maxmemory'"
             )
-        scripts = _scripts()
         scripts.socket = self
         self._script_resp = 2
         table = scripts.lua.table_from
         try:
-            function = scripts.compiled(script)
-            result = function(table(keys_and_args[:numkeys]), table(keys_and_args[numkeys:]))
+            result = scripts.compiled(script)(table(keys_and_args[:numkeys]), table(keys_and_args[numkeys:]))
         except LUA_MODULE.LuaError as error:
             raise SimpleError(f"ERR {error}") from None
         finally:
             self._script_resp = None
-        return self._convert_lua_result(result, nested=False)
+        try:
+            return scripts.answer(result)
+        except _Special:
+            return self._convert_lua_result(result, nested=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -562,7 +669,12 @@ class SimRedis:
             self._changed(wait.fields)
 
     async def exchange(
-        self, process: Process, effect: Callable[[], Any], label: str, timeout_s: float | None, retries: int
+        self,
+        process: Process,
+        effect: Callable[[], Any],
+        label: object,
+        timeout_s: float | None,
+        retries: int,
     ) -> Any:
         """Have `effect` at the server, repeated after a broken connection as redis-py does."""
         while True:
@@ -574,6 +686,11 @@ class SimRedis:
                 if retries <= 0:
                     raise
                 retries -= 1
+
+
+@functools.cache
+def _encoder() -> Any:
+    return _pattern()["connection_pool"].get_encoder()
 
 
 def _keys_waited_for(fields: list[bytes]) -> list[bytes]:
@@ -588,13 +705,24 @@ def _keys_waited_for(fields: list[bytes]) -> list[bytes]:
     raise NotImplementedError(f"{name.decode()}: the simulated Redis does not know which keys it waits for")
 
 
-def _label(arguments: tuple[Any, ...]) -> str:
-    about = arguments[3:4] if arguments[0] in {"EVAL", "EVALSHA"} else arguments[1:2]
-    return " ".join(str(part)[:60] for part in (arguments[0], *about))
+class _Label:
+    """What a command is called in the trace."""
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self._arguments = arguments
+
+    def __str__(self) -> str:
+        arguments = self._arguments
+        about = arguments[3:4] if arguments[0] in {"EVAL", "EVALSHA"} else arguments[1:2]
+        return " ".join(str(part)[:60] for part in (arguments[0], *about))
 
 
-_DRIVER = DriverInfo()
-"""One for all clients: each would read the installed package's version from disk."""
+@functools.cache
+def _pattern() -> dict[str, Any]:
+    """The attributes of redis-py's client, which all of ours share: long in the making, and only read."""
+    return vars(redis.asyncio.Redis(protocol=2))
 
 
 class _Client(redis.asyncio.Redis):
@@ -608,17 +736,17 @@ class _Client(redis.asyncio.Redis):
         timeout_s: float | None = None,
         retries: int = 0,
     ) -> None:
-        super().__init__(protocol=2, driver_info=_DRIVER)
+        vars(self).update(_pattern())
         self._sim = server
         self._process = process
         self._timeout_s = timeout_s
         self._retries = retries
-        self._encode = self.connection_pool.get_encoder().encode  # type: ignore[no-untyped-call]
+        self._encode = _encoder().encode
 
     def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
         """A command as it goes over the wire."""
         name, *rest = arguments
-        fields = name.encode().split()
+        fields = [name.encode()] if " " not in name else name.encode().split()
         for value in rest:
             kind = type(value)
             if kind is bytes:
@@ -627,7 +755,7 @@ class _Client(redis.asyncio.Redis):
                 fields.append(value.encode())
             else:
                 fields.append(bytes(self._encode(value)))
-        return fields  # type: ignore[no-any-return]
+        return fields
 
     def parsed(self, name: str | bytes, answer: Any, options: dict[str, Any]) -> Any:
         """An answer as redis-py's methods give it."""
@@ -638,10 +766,14 @@ class _Client(redis.asyncio.Redis):
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
         """Send one command."""
         fields = self.encoded(arguments)
-        answer = await self.send(lambda: self._sim.execute(fields), _label(arguments))
+        sim = self._sim
+        assert self._process is not None
+        answer = await sim.exchange(
+            self._process, lambda: sim.execute(fields), _Label(arguments), self._timeout_s, self._retries
+        )
         return self.parsed(arguments[0], answer, options)
 
-    async def send(self, effect: Callable[[], Any], label: str) -> Any:
+    async def send(self, effect: Callable[[], Any], label: object) -> Any:
         """Have `effect` at the server."""
         assert self._process is not None
         return await self._sim.exchange(self._process, effect, label, self._timeout_s, self._retries)
