@@ -83,7 +83,8 @@ class Mend:
         stored = await until_answered(lambda: self._view.pending_jobs(map(str, moved)), state.metrics)
         jobs = {job.ref: job for job in stored}
         for one in batch:
-            state.misread.pop(str(one.ref), None)
+            if state.misread.get(str(one.ref)) is one:  # not what the guard has found since
+                del state.misread[str(one.ref)]
         for ref in moved:
             if self._is_astray(ref):
                 await self._go_on(ref, recalled[ref], jobs.get(str(ref)))
