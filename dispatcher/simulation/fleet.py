@@ -218,6 +218,9 @@ class FleetSimulation:
 
     def _submit(self, arrival: Arrival, node: int) -> None:
         engine = self.engines[node]
+        if arrival.number in self._handed:
+            # It begins anew: what was held of it is held for nobody.
+            self._release(arrival.number, self._handover.give_up(arrival.number))
         self._at[arrival.number] = (arrival, node)
         self._router.before_change(node)
         is_prefill = node in self.prefill_nodes
@@ -233,17 +236,16 @@ class FleetSimulation:
 
     def _prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
         del self._at[arrival.number]
-        self._handed.add(arrival.number)
-        self._cached += cached_tokens
-        self._handover.hold(arrival.number, node)
-        self.call_at(self.now_s + LEASE_S, self._expire, arrival.number)
+        if arrival.number not in self._handed:
+            self._handed.add(arrival.number)
+            self._cached += cached_tokens
+        self._handover.hold(arrival.number, node, self.now_s)
+        self.call_at(self.now_s + LEASE_S, self._expire, arrival.number, self.now_s)
         assert self._handing is not None, "only fleets that are apart have prefill nodes"
         self._handing.prefilled(arrival, node, cached_tokens)
 
-    def _expire(self, number: int) -> None:
-        source = self._handover.expire(number)
-        if source is not None:
-            self._release(number, source)
+    def _expire(self, number: int, since_s: float) -> None:
+        self._release(number, self._handover.expire(number, since_s))
 
     def _receive(self, arrival: Arrival, node: int) -> None:
         if not self._handover.claim(arrival.number):
@@ -269,7 +271,9 @@ class FleetSimulation:
         self._wake(node)
         self._release(number, self._handover.give_up(number))
 
-    def _release(self, number: int, source: int) -> None:
+    def _release(self, number: int, source: int | None) -> None:
+        if source is None:
+            return
         self._router.before_change(source)
         self.engines[source].release(number, self.now_s)
         self._wake(source)

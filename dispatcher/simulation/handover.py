@@ -24,6 +24,7 @@ class _Prompt:
     """Held by `source`; `is_claimed` once its request has reached a decode engine."""
 
     source: int
+    since_s: float
     is_claimed: bool = False
 
 
@@ -48,9 +49,9 @@ class Handover:
         """When each engine's link is free of what was asked for so far."""
         return self._free_s
 
-    def hold(self, number: int, source: int) -> None:
+    def hold(self, number: int, source: int, now_s: float) -> None:
         """A prefill engine has computed a prompt."""
-        self._prompts[number] = _Prompt(source=source)
+        self._prompts[number] = _Prompt(source=source, since_s=now_s)
 
     def claim(self, number: int) -> bool:
         """The request has reached a decode engine; whether its prompt is still held for it."""
@@ -60,10 +61,10 @@ class Handover:
         prompt.is_claimed = True
         return True
 
-    def expire(self, number: int) -> int | None:
-        """The lease ends: the engine to free the prompt, None when it was claimed or read."""
+    def expire(self, number: int, since_s: float) -> int | None:
+        """The lease of then ends: the engine to free the prompt, None when it was claimed or given up."""
         prompt = self._prompts.get(number)
-        if prompt is None or prompt.is_claimed:
+        if prompt is None or prompt.is_claimed or prompt.since_s != since_s:
             return None
         del self._prompts[number]
         return prompt.source
@@ -77,6 +78,7 @@ class Handover:
         free_s[source] = free_s[target] = ended_s
         return ended_s + HOP_S
 
-    def give_up(self, number: int) -> int:
-        """The prompt was read: the engine to free it."""
-        return self._prompts.pop(number).source
+    def give_up(self, number: int) -> int | None:
+        """The prompt was read, or nobody comes for it: the engine to free it, None when none holds it."""
+        prompt = self._prompts.pop(number, None)
+        return prompt.source if prompt is not None else None

@@ -87,7 +87,7 @@ def test_what_the_decode_node_has_cached_does_not_travel_again() -> None:
 def test_one_link_carries_one_transfer_at_a_time() -> None:
     links = Handover(4, 1_000)
     for number, source in enumerate((0, 0, 1)):
-        links.hold(number, source)
+        links.hold(number, source, 0.0)
     second_s = 1_000_000 * 1_000 / LINK_BYTES_PER_S
     # Out of node 0 to two nodes, then out of node 1 into one that is still reading.
     assert links.read(0, 2, 1_000_000, 1.0) == pytest.approx(1.0 + second_s + HOP_S)
@@ -132,6 +132,34 @@ def test_a_prompt_that_nobody_came_for_is_dropped_and_computed_again() -> None:
     prefill_s = TEST.step_s(1_000, 0, 0, 0, 0)
     assert result.ttft_s[0] == pytest.approx(LEASE_S + 5.0 + 2 * prefill_s)
     assert result.busy_s[1] > prefill_s
+
+
+class StartsAnew(HandsOverLate):
+    """Has every prompt computed again 20 s after the first time, by another prefill node."""
+
+    times = 0
+
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        self.times += 1
+        if self.times == 1:
+            self.fleet.send(arrival, 1, after_s=20.0)
+        else:
+            super().prefilled(arrival, node, cached_tokens)
+
+
+def test_a_prompt_that_is_computed_again_is_held_once_and_by_its_own_lease() -> None:
+    router = StartsAnew(20.0)
+    workload = turns((0.0, 1_000, (1, 2, 3)))
+    fleet = fleet_of(workload, router, prefill=2, decode=1)
+    held: list[list[int]] = []
+    for at_s in (19.0, 21.0, LEASE_S + 5.0):
+        fleet.call_at(at_s, lambda: held.append([engine.cache.used for engine in fleet.engines]))
+    result = fleet.run()
+    # The first lease ends at 30.1 s, when the second node holds it.
+    assert held == [[4, 0, 0], [0, 4, 0], [0, 4, 0]]
+    prefill_s = TEST.step_s(1_000, 0, 0, 0, 0)
+    assert result.ttft_s[0] == pytest.approx(40.0 + 2 * prefill_s, abs=0.05)
+    assert result.cached_tokens == 0
 
 
 def test_a_prompt_whose_request_waits_at_the_decode_node_is_held_beyond_the_lease() -> None:
