@@ -222,6 +222,7 @@ class Dispatcher:
                 state.fleet,
                 state.index,
                 policy=settings.policy,
+                decode_policy=settings.decode_policy,
                 parameters=_parameters(settings),
                 rng=self._rng,
                 healthy_s=lambda: self.mirror.healthy.now_s,

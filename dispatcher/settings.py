@@ -50,6 +50,9 @@ class DispatcherSettings(AccessSettings):
         "round_robin_lowest_concurrency",
         "shortest_ttft",
     ] = Field(default="prefill_cost", description="how a node is chosen")
+    decode_policy: Literal[
+        "least_kv", "cost_based_decode", "COST_BASED_DECODE", "weighted_cache", "WEIGHTED_CACHE"
+    ] = Field(default="least_kv", description="how a decode node is chosen once its prompt is computed")
     block_size: int = Field(
         default=256, ge=16, le=4096, description="routing block, tokens; the same for the whole pool"
     )

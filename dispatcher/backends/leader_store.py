@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from dispatcher.backends.leader_lock import Lease
 from dispatcher.backends.scripts import Argument, ScriptRunner, is_wrong_type, translate
 from dispatcher.errors import GenerationLost
+from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.node import Medium
 
@@ -40,6 +41,7 @@ class AssignItem:
     data: bytes = b""
     envelope: bytes = b""
     hit_tokens: int = 0
+    stage: Stage = Stage.WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,10 @@ class CloseItem:
 
 @dataclass(frozen=True, kw_only=True)
 class RetryItem:
-    """A failed or released attempt that goes back to pending.
+    """An attempt without an outcome that goes back to pending.
 
     `attempt` is it, encoded, for a dead letter; `error` is what RQ's failed registry
-    shows of it, '' for nothing.
+    shows of it, '' for nothing. `handoff`, encoded, of a prefill stage that did its part.
     """
 
     entry: bytes
@@ -73,6 +75,7 @@ class RetryItem:
     crashed: tuple[str, ...] = ()
     attempt: bytes = b""
     error: str = ""
+    handoff: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,7 @@ class LeaderStore:
                 item.data,
                 item.envelope,
                 item.hit_tokens,
+                item.stage.value,
             )
         keys = (names.epoch, names.generation, names.marks, names.pending, names.cordons)
         counter, answers, numbers, strange = await self._run("assign", keys, [self.counter, *arguments])
@@ -227,7 +231,7 @@ class LeaderStore:
         return [Ref.parse(ref.decode()) for ref in refs] if state == b"ok" else None
 
     async def retry(self, items: Sequence[RetryItem], *, now_iso: str = "") -> list[str]:
-        """Put failed attempts back to pending; answers as in retry.lua."""
+        """Put attempts back to pending; answers as in retry.lua."""
         names = self.names
         arguments: list[Argument] = [names.prefix, now_iso, len(items)]
         for item in items:
@@ -242,6 +246,7 @@ class LeaderStore:
                 item.cause,
                 item.attempt,
                 item.error,
+                item.handoff,
             )
         answers = await self._run_counted("retry", (names.pending, names.closing), arguments)
         return [answer.decode() for answer in answers]

@@ -40,7 +40,7 @@ class Claimed:
     """A job in the agent's hands: what it must run, not yet decoded.
 
     `hit_tokens` is what the leader expected of this node's cache; `checkpoint` is what the attempt before
-    left, empty when it left none.
+    left, empty when it left none. `stage` is a `Stage`'s text, `handoff` what a prefill stage handed over.
     """
 
     job: str
@@ -50,6 +50,8 @@ class Claimed:
     failures: int
     hit_tokens: int = 0
     checkpoint: bytes = b""
+    stage: str = ""
+    handoff: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """One attempt that ended: kind is outcome, failed or released; `checkpoint` is for the next one."""
+    """One attempt that ended: kind is outcome, failed, released or handoff. `checkpoint` is the next one's."""
 
     job: str
     kind: str
@@ -225,6 +227,8 @@ class NodeStore:
                 failures=int(row[4] or 0),
                 hit_tokens=int(row[5] or 0),
                 checkpoint=row[6] or b"",
+                stage=(row[7] or b"").decode(errors="replace"),
+                handoff=row[8] or b"",
             )
             for row in rows
             if len(row) > 1

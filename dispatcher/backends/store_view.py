@@ -34,7 +34,8 @@ class StoredJob:
     """A request in one of Redis's places. `node` is '' for pending ones.
 
     `number` is its assignment number at the node; `hit_tokens` what was expected cached there; `crashed` the
-    nodes whose engines died under it; `cause` why its last attempt ended, '' when it had none.
+    nodes whose engines died under it; `cause` why its last attempt ended, '' when it had none;
+    `stage` what its attempt does of it, `handoff` what a prefill stage left for the next.
     """
 
     job: str
@@ -49,6 +50,8 @@ class StoredJob:
     hit_tokens: int = 0
     crashed: tuple[str, ...] = ()
     cause: str = ""
+    stage: str = ""
+    handoff: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,18 @@ class StoredLedger:
 
 _Call = tuple[str, str, list[str] | None]
 _FIELDS, _LIST, _ZSET, _SET = "hmget", "lrange", "zrange", "smembers"
-_JOB_FIELDS = ["ref", "envelope", "failures", "excluded", "seq", "hit", "crashed", "cause"]
+_JOB_FIELDS = [
+    "ref",
+    "envelope",
+    "failures",
+    "excluded",
+    "seq",
+    "hit",
+    "crashed",
+    "cause",
+    "stage",
+    "transfer",
+]
 
 
 def stream_order(id: bytes) -> tuple[int, int]:
@@ -376,7 +390,7 @@ def _stored_job(
     job: str, node: str, fields: list[Any], *, claimed: bool, not_before_ms: int = 0
 ) -> StoredJob | None:
     """A job as its hash tells, which its node's agent may write; None when that can't be read."""
-    ref, envelope, failures, excluded, number, hit, crashed, cause = fields
+    ref, envelope, failures, excluded, number, hit, crashed, cause, stage, handoff = fields
     if ref is None:
         return None
     try:
@@ -396,6 +410,8 @@ def _stored_job(
             hit_tokens=int(hit or 0),
             crashed=_names(crashed),
             cause=(cause or b"").decode(),
+            stage=(stage or b"").decode(),
+            handoff=handoff or b"",
         )
     except ValueError:
         return None

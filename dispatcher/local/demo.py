@@ -29,7 +29,8 @@ from dispatcher.client.client import Client
 from dispatcher.local.demo_report import Figures, comparison, figures, is_good
 from dispatcher.local.kills import KILLS, break_stack
 from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
-from dispatcher.local.up import add_server_flags, stack_settings
+from dispatcher.local.up import add_server_flags, roles_of, stack_settings
+from dispatcher.protocol.node import Role
 from dispatcher.replay.replay import OnProgress, ReplayResult, ReplaySettings, Tally, replay
 from dispatcher.replay.report import summarise
 from dispatcher.replay.traces import TraceRequest, read_excerpt
@@ -110,6 +111,7 @@ class Plan:
     trace: list[TraceRequest]
     profile: Profile
     nodes: int
+    prefill: int
     load: float
     time_scale: float
     ideal_hit_ratio: float
@@ -117,6 +119,20 @@ class Plan:
     carried_per_s: float
     pace: float
     seed: int
+
+    @property
+    def caches(self) -> int:
+        """Caches that prompts are computed with."""
+        return self.prefill or self.nodes
+
+    @property
+    def split(self) -> str:
+        """Who computes prompts, and who answers."""
+        return (
+            f", {self.prefill} for prompts and {self.nodes - self.prefill} for answers"
+            if self.prefill
+            else ""
+        )
 
     @property
     def speed(self) -> float:
@@ -137,10 +153,10 @@ class Plan:
         """The workload in words."""
         faster = f", {1 / self.time_scale:g} times as fast as they would run" if self.time_scale != 1 else ""
         return (
-            f"{len(self.trace)} requests of the conversation trace over {self.nodes} simulated engines "
+            f"{len(self.trace)} requests of the conversation trace over {self.nodes} simulated engines{self.split} "
             f"({self.profile.name}{faster}).\n"
             f"  Load {self.load:g} of the {self.carried_per_s:.1f} requests/s that 'random' can carry there; "
-            f"caches hold {self.profile.kv_tokens * self.nodes / self.working_set_tokens:.2f} times the "
+            f"caches hold {self.profile.kv_tokens * self.caches / self.working_set_tokens:.2f} times the "
             f"{self.working_set_tokens / 1e6:.1f} M tokens of the working set."
         )
 
@@ -152,14 +168,21 @@ def plan_of(options: argparse.Namespace) -> Plan:
     profile = PROFILES[options.profile]
     bounds = cache_bounds(workload, profile.block_tokens)
     longest = max(len(p) + o for p, o in zip(workload.prompts, workload.outputs, strict=True))
-    tokens = max(CACHE_SHARE * bounds.working_set_tokens / options.nodes, longest)
+    roles = roles_of(options)
+    # What decode nodes hold is of no use to a prompt that a prefill node computes.
+    prefill = roles.count(Role.PREFILL.value)
+    tokens = max(CACHE_SHARE * bounds.working_set_tokens / (prefill or len(roles)), longest)
     running = StackSettings.max_running
     profile = replace(profile, kv_blocks=-(-int(tokens) // profile.block_tokens) + 1, max_running=running)
-    carried = carried_per_s(workload, profile, options.nodes, random.Random(options.seed))
+    carried = carried_per_s(workload, profile, len(roles), random.Random(options.seed))
+    if prefill:
+        prompts = replace(workload, outputs=[1] * len(workload.outputs))
+        carried = min(carried, carried_per_s(prompts, profile, prefill, random.Random(options.seed)))
     return Plan(
         trace=trace,
         profile=profile,
-        nodes=options.nodes,
+        nodes=len(roles),
+        prefill=prefill,
         load=options.load,
         time_scale=options.time_scale,
         ideal_hit_ratio=bounds.ideal_hit_ratio,

@@ -42,12 +42,14 @@ class StackSettings:
     Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
     0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
     With `kafka_proxy` everybody reaches a local Apache Kafka through a proxy of ours, which can be cut.
+    `roles`, when given, has one for each node: all else are fused.
     `redis_urls` gives some members, by name, another way to the same Redis.
     `frontend_port`: where the first of `frontends` serves the OpenAI API, 0 for any free port, None for
     nowhere; the others have any.
     """
 
     nodes: int = 4
+    roles: tuple[str, ...] = ()
     dispatchers: int = 2
     broker: BrokerKind = "auto"
     redis: str = ""
@@ -343,6 +345,7 @@ class LocalStack:
                 *("--node", f"node-{number}", "--models", settings.model),
                 *("--max-running", str(settings.max_running)),
                 *self._engine_of(number, folder, sockets),
+                *(("--role", settings.roles[number - 1]) if settings.roles else ()),
                 *settings.agent_flags,
             ]
             self.agents.append(agent)

@@ -11,17 +11,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dispatcher.errors import SettingsError
 from dispatcher.local.stack import LocalStack, StackSettings
+from dispatcher.protocol.node import Role
 from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.profiles import PROFILES
 
 STATUS_EVERY_S = 1.0
+DEFAULT_NODES = 4
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that `up` and `demo` share."""
     add = parser.add_argument
-    add("--nodes", type=_count, default=4, help="engines, each with an agent (default 4)")
+    add("--nodes", type=_count, help="engines, each with an agent (default 4)")
+    add("--prefill", type=_count, help="instead of --nodes: engines that compute prompts only")
+    add("--decode", type=_count, help="with --prefill: engines that go on from them")
     add(
         "--dispatchers",
         type=_count,
@@ -60,11 +65,29 @@ def _scale(text: str) -> float:
     return value
 
 
+def roles_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The role of each node; the flags are checked.
+
+    Raises:
+        SettingsError: they contradict each other.
+    """
+    if options.prefill is None and options.decode is None:
+        nodes: int = options.nodes or DEFAULT_NODES
+        return (Role.FUSED.value,) * nodes
+    if options.prefill is None or options.decode is None or options.nodes is not None:
+        raise SettingsError("expected --nodes N, or --prefill P and --decode D; seen a mix of them")
+    prefill: int = options.prefill
+    decode: int = options.decode
+    return (Role.PREFILL.value,) * prefill + (Role.DECODE.value,) * decode
+
+
 def stack_settings(options: argparse.Namespace) -> StackSettings:
     """The stack that those flags describe."""
     local = options.kafka in {"auto", "apache", "embedded"}
+    roles = roles_of(options)
     return StackSettings(
-        nodes=options.nodes,
+        nodes=len(roles),
+        roles=roles,
         dispatchers=options.dispatchers,
         broker=options.kafka if local else "auto",
         kafka="" if local else options.kafka,

@@ -13,6 +13,7 @@ import msgspec
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.checkpoint import Checkpoint
 from dispatcher.protocol.chunk import Chunk
+from dispatcher.protocol.handoff import Handoff
 from dispatcher.protocol.node import BlockEvent, NodeIdentity, NodeReport
 from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeHead
 from dispatcher.protocol.request import PROTOCOL_VERSION, CancelRequest, InferenceRequest, LeaseRecord
@@ -101,6 +102,7 @@ block_events = Codec(BlockEvent)
 dead_letters = Codec(DeadLetter)
 failed_attempts = Codec(FailedAttempt)
 checkpoints = Codec(Checkpoint)
+handoffs = Codec(Handoff)
 
 
 class _Named(msgspec.Struct):
@@ -141,3 +143,11 @@ def decode_cancel(data: bytes) -> CancelRequest | LeaseRecord:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return cancels.decode(data)
     return leases.decode(data) if found.lease is not None and found.id is None else cancels.decode(data)
+
+
+def decode_handoff(stored: bytes) -> Handoff | None:
+    """What a prefill stage left; None for nothing or what can't be read: the prompt is computed again."""
+    try:
+        return handoffs.decode(stored) if stored else None
+    except MalformedRecord:
+        return None

@@ -73,6 +73,7 @@ class FailureCause(StrEnum):
     DRAINING = "draining"
     NODE_LOST = "node_lost"
     LEASE_EXPIRED = "lease_expired"
+    TRANSFER = "transfer"
 
 
 class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -111,7 +112,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `ref` tells the record it answers; `fingerprint` is that of the request, so that duplicates
     can be told from reuse of an id after a loss of all Redis data. `predicted_cached_tokens` is what the
-    leader expected of the node's cache when it bound the attempt. `retry_after_ms`, where it is not 0, is
+    leader expected of the node's cache when it bound the attempt; of `prefill_node`'s where that one computed
+    the prompt, as `usage.cached_tokens` is. `retry_after_ms`, where it is not 0, is
     the time after which the same request, under a new id, is more likely to be served.
     """
 
@@ -124,6 +126,7 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str = ""
     attempt: str = ""
     node: str = ""
+    prefill_node: str = ""
     model: str = ""
     choices: tuple[Choice, ...] = ()
     usage: Usage = Usage()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.scheduling.fleet import NodeState
 
@@ -61,6 +62,7 @@ class Choice(NamedTuple):
     prefill_s: float
     looked_at: int
     is_stale: bool = False
+    stage: Stage = Stage.WHOLE
 
 
 class Capacity(NamedTuple):

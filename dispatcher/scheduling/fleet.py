@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
-from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
+from dispatcher.protocol.node import NodeIdentity, NodeReport, Role, Wish
 from dispatcher.scheduling.breaker import Breaker
 from dispatcher.scheduling.predictor import AnswerLength, Predictor, PrefillShape
 from dispatcher.scheduling.prompt_queue import Burst, PromptQueue
@@ -24,6 +24,8 @@ STALE_S = 1.5
 """Reports come at least every second: one that is this old may hide load."""
 FIRST_SERVICE_S = 5.0
 """How long a request is taken to hold its slot before any was seen to end."""
+KV_BYTES_PER_TOKEN = 131_072
+"""Of a Llama-3-8B in bf16: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
 FULL = 0.99
 """KV use beyond which a node counts as full: the pressure term stays finite."""
 
@@ -103,6 +105,8 @@ class NodeState:
         Clients allow far more than answers have; reserving that would leave most of the cache unused. When
         answers are longer than they were, the engine preempts.
         """
+        if self.identity.role is Role.PREFILL:
+            return envelope.prompt_tokens + 1
         return envelope.prompt_tokens + self.answers.expected(envelope.max_tokens)
 
     def fits(self, tokens: int) -> bool:
@@ -242,6 +246,7 @@ class Fleet:
     def __init__(self) -> None:
         self.nodes: dict[str, NodeState] = {}
         self._by_model: dict[str, list[NodeState]] = {}
+        self._split: set[str] = set()
         self._shapes: dict[tuple[str, ...], PrefillShape] = {}
         self._answers: dict[tuple[str, ...], AnswerLength] = {}
         self.version = 0
@@ -277,7 +282,7 @@ class Fleet:
 
     def _index(self) -> None:
         self.version += 1
-        self._by_model = {}
+        self._by_model, self._split = {}, set()
         served = {node.identity.models for node in self.nodes.values()}
         for learned in (self._shapes, self._answers):
             for models in learned.keys() - served:
@@ -285,10 +290,16 @@ class Fleet:
         for node in self.nodes.values():
             for model in node.identity.models:
                 self._by_model.setdefault(model, []).append(node)
+                if node.identity.role is Role.PREFILL:
+                    self._split.add(model)
 
     def serving(self, model: str) -> list[NodeState]:
         """Nodes that serve `model`, whatever their state."""
         return self._by_model.get(model, [])
+
+    def is_split(self, model: str) -> bool:
+        """Whether nodes that only compute prompts serve `model`."""
+        return model in self._split
 
     def longest_prompt(self, model: str) -> int:
         """The longest prompt that any node of `model` can hold, in tokens; 0 when nobody serves it."""

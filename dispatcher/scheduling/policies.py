@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.node import Role
 from dispatcher.scheduling.choice import Choice, Planned
 from dispatcher.scheduling.fleet import NodeState
+from dispatcher.scheduling.stages import transfer_s
 
 if TYPE_CHECKING:
     from dispatcher.scheduling.scheduler import Scheduler
@@ -36,6 +38,7 @@ def prefill_cost(
     now_s, rng = scheduler.now_s, scheduler.rng
     burst_weight, pressure_s = parameters.burst_weight, parameters.pressure_s
     depth = scheduler.index.depth
+    moved_s = transfer_s(envelope.prompt_tokens) if scheduler.generators(envelope) else 0.0
     scored = []
     best = float("inf")
     for node in nodes:
@@ -56,6 +59,8 @@ def prefill_cost(
             + burst_weight * node.burst.seconds(now_s)
             + pressure_s * k / (1 - k)
         )
+        if moved_s and node.identity.role is Role.PREFILL:
+            total += moved_s
         scored.append((total, hit, wait_s, prefill_s, node))
         if total < best:
             best = total

@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from dispatcher.protocol.assignment import Envelope
-from dispatcher.protocol.node import Medium
+from dispatcher.protocol.handoff import Stage
+from dispatcher.protocol.node import Medium, Role
 from dispatcher.scheduling.choice import Capacity, Choice, Planned, SchedulingParameters
-from dispatcher.scheduling.fleet import FULL, STALE_S, Fleet, NodeState
+from dispatcher.scheduling.fleet import FULL, KV_BYTES_PER_TOKEN, STALE_S, Fleet, NodeState
 from dispatcher.scheduling.policies import ASKS_FOR_ROOM, POLICIES, prefill_cost
 from dispatcher.scheduling.prefix_index import Match, PrefixIndex
+from dispatcher.scheduling.stages import DECODE_POLICIES, choose_decode
 
 ALL_LOOKED_AT = 32
 """Fleets up to this size are looked at whole."""
@@ -24,8 +26,6 @@ MOST_SAMPLED = 64
 """About so many nodes are asked whether they are busy."""
 STEP_TOKENS = 2_048
 """About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
-KV_BYTES_PER_TOKEN = 131_072
-"""Of a Llama-3-8B in bf16: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
 LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
     Medium.CPU: KV_BYTES_PER_TOKEN / 20e9,
     Medium.DISK: KV_BYTES_PER_TOKEN / 5e9,
@@ -73,6 +73,7 @@ class Scheduler:
         index: PrefixIndex,
         *,
         policy: str = "prefill_cost",
+        decode_policy: str = "least_kv",
         parameters: SchedulingParameters | None = None,
         rng: random.Random,
         healthy_s: Callable[[], float] = lambda: 0.0,
@@ -82,6 +83,7 @@ class Scheduler:
         self.index = index
         self.parameters = parameters if parameters is not None else SchedulingParameters()
         self._policy = POLICIES[policy]
+        self._decode_policy = DECODE_POLICIES[decode_policy]
         self._asks_for_room = policy in ASKS_FOR_ROOM
         self._rng = rng
         self._healthy_s = healthy_s
@@ -90,15 +92,39 @@ class Scheduler:
         self._chooses_for_suspect = False
 
     def choose(
-        self, envelope: Envelope, excluded: tuple[str, ...], planned: Planned, *, is_suspect: bool = False
+        self,
+        envelope: Envelope,
+        excluded: tuple[str, ...],
+        planned: Planned,
+        *,
+        is_suspect: bool = False,
+        is_decode: bool = False,
     ) -> Choice | None:
         """The best node for `envelope`; None when no eligible node could ever take it.
 
         An excluded node (one that already failed this request) is used only when no other is eligible. A
         suspect gets a node without another suspect or none, so that a second crash convicts one request.
+
+        Args:
+            is_decode: its prompt is computed elsewhere and can be had from there.
         """
         self._chooses_for_suspect = is_suspect
-        return self._policy(self, envelope, excluded, planned)
+        if is_decode:
+            return choose_decode(self, envelope, excluded, self._decode_policy)
+        choice = self._policy(self, envelope, excluded, planned)
+        if choice is None or choice.node.identity.role is not Role.PREFILL:
+            return choice
+        return choice._replace(stage=Stage.PREFILL) if self.generators(envelope) else choice
+
+    def generators(self, envelope: Envelope) -> list[NodeState]:
+        """Nodes that may answer a prompt that another computed: decode nodes, else fused ones."""
+        if not self.fleet.is_split(envelope.model):
+            return []
+        nodes = [node for node in self.fleet.serving(envelope.model) if _may_take(node, envelope)]
+        if self._chooses_for_suspect:
+            nodes = [node for node in nodes if not node.suspect]
+        decode = [node for node in nodes if node.identity.role is Role.DECODE]
+        return decode or [node for node in nodes if node.identity.role is Role.FUSED]
 
     def longer_ms(self, envelope: Envelope) -> int:
         """How much later than its age a request's turn comes, for the prefill that it takes: milliseconds."""
@@ -115,9 +141,11 @@ class Scheduler:
         seconds = self.prefill_s(node, envelope, self.hit_tokens(node, envelope, blocks), blocks)
         return int(1000 * weight * seconds)
 
-    def has_room(self, model: str) -> bool:
+    def has_room(self, model: str, *, is_decode: bool = False) -> bool:
         """Whether any node of `model` might be bound to now."""
         nodes = self.fleet.serving(model)
+        if is_decode:
+            return any(node.is_eligible and node.has_slot for node in nodes)
         if not self._asks_for_room:
             return any(node.is_eligible for node in nodes)
         if self._policy is not prefill_cost or len(nodes) > ALL_LOOKED_AT:
@@ -196,7 +224,10 @@ class Scheduler:
         if self._chooses_for_suspect:
             nodes = [node for node in nodes if not node.suspect]
         if excluded:
-            return [node for node in nodes if node.name not in excluded] or nodes
+            nodes = [node for node in nodes if node.name not in excluded] or nodes
+        if self._policy is not prefill_cost and self.fleet.is_split(envelope.model):
+            # Only what predicts can tell when a decode node had better compute a prompt itself.
+            return [node for node in nodes if node.identity.role is not Role.DECODE] or nodes
         return nodes
 
     def looked_at(
@@ -259,6 +290,7 @@ def _may_take(node: NodeState, envelope: Envelope) -> bool:
 def _serves(node: NodeState, envelope: Envelope) -> bool:
     return (
         node.is_eligible
+        and node.identity.role is not Role.VIT
         and envelope.model in node.identity.models
         and (not envelope.lora or envelope.lora in node.identity.loras)
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.handoff import Handoff
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.scheduling.backlog import Backlog
 from dispatcher.scheduling.choice import Choice, Planned
@@ -43,7 +44,8 @@ ENVELOPE_OVERHEAD_BYTES = 700
 class Waiting:
     """A request in the window. `data` is empty when Redis keeps it (pending).
 
-    `crashed` names the nodes whose engines died under it: with any, it is a suspect.
+    `crashed` names the nodes whose engines died under it: with any, it is a suspect. With a `handoff` its
+    prompt is computed, and it waits for a node to generate its answer.
     """
 
     ref: Ref
@@ -53,6 +55,12 @@ class Waiting:
     failures: int = 0
     excluded: tuple[str, ...] = ()
     crashed: tuple[str, ...] = ()
+    handoff: Handoff | None = None
+
+    @property
+    def key(self) -> Key:
+        """The queue it stands in."""
+        return self.ref.lane, self.envelope.model, self.handoff is not None
 
     @property
     def bytes(self) -> int:
@@ -60,6 +68,8 @@ class Waiting:
         return len(self.data) + ENVELOPE_OVERHEAD_BYTES + 64 * len(self.envelope.block_hashes)
 
 
+Key = tuple[Lane, str, bool]
+"""(lane, model, whether its prompt is computed): a queue of its own, since other nodes are waited for."""
 Order = tuple[int, int, int, int, int, str]
 """(urgent first, -priority, deadline put off for its prefill, append time, sequence, ref)"""
 
@@ -69,7 +79,7 @@ class Round:
     """One round of choices: what was passed over, and the seconds of prefill it will cost nodes."""
 
     planned: Planned = field(default_factory=dict)
-    passed: dict[tuple[Lane, str], list[Order]] = field(default_factory=dict)
+    passed: dict[Key, list[Order]] = field(default_factory=dict)
 
 
 class Window:
@@ -85,9 +95,9 @@ class Window:
         self.longer_ms: Callable[[Envelope], int] = lambda envelope: 0
         self.most_put_off_ms = 10_000
         self._waiting: dict[str, Waiting] = {}
-        self._queues: dict[tuple[Lane, str], list[Order]] = {}
+        self._queues: dict[Key, list[Order]] = {}
         self._urgent: set[str] = set()
-        self._parked: list[tuple[tuple[Lane, str], Order]] = []
+        self._parked: list[tuple[Key, Order]] = []
         self._unpark_at_ms = 0
         self._stale = 0
         self._sequence = 0
@@ -142,8 +152,7 @@ class Window:
             if backlog is None:
                 backlog = self._backlogs[waiting.envelope.model] = Backlog()
             backlog.push(waiting.envelope, waiting.bytes, is_fresh=not waiting.from_pending)
-        queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
-        heapq.heappush(queue, self._order(waiting))
+        heapq.heappush(self._queues.setdefault(waiting.key, []), self._order(waiting))
 
     def _order(self, waiting: Waiting) -> Order:
         self._sequence += 1
@@ -212,8 +221,7 @@ class Window:
         if waiting is not None and ref not in self._urgent:
             self._urgent.add(ref)
             # Its queue may be gone for now: what is put aside stands in none.
-            queue = self._queues.setdefault((waiting.ref.lane, waiting.envelope.model), [])
-            heapq.heappush(queue, self._order(waiting))
+            heapq.heappush(self._queues.setdefault(waiting.key, []), self._order(waiting))
 
     def hurry_batch_after(self, wait_ms: int) -> None:
         """Let a batch request compete as interactive after this time, if that is sooner."""
@@ -221,7 +229,7 @@ class Window:
 
     def models(self) -> set[str]:
         """Models that something waits for."""
-        return {model for _, model in (*self._queues, *(key for key, _ in self._parked))}
+        return {model for _, model, _ in (*self._queues, *(key for key, _ in self._parked))}
 
     def loras(self) -> set[tuple[str, str]]:
         """Models and LoRA adapters of theirs that something waits for."""
@@ -248,29 +256,32 @@ class Window:
         heads = []
         for key in list(self._queues):
             head = self._head(key)
-            if head is not None and scheduler.has_room(key[1]):
+            if head is not None and scheduler.has_room(key[1], is_decode=key[2]):
                 heads += [(turn, head, key) for turn in self._turns(key, head, now_ms)]
         for turn, _, key in sorted(heads):
-            found = self._choose_from(key, scheduler, round, look_past=1 if turn == OWED else LOOK_PAST)
+            look_past = 1 if turn == OWED else LOOK_PAST
+            found = self._choose_from(key, scheduler, round, now_ms, look_past=look_past)
             if found is not None:
                 self._note_bind(key)
                 return found
         return None
 
-    def _turns(self, key: tuple[Lane, str], head: Order, now_ms: int) -> tuple[int, ...]:
+    def _turns(self, key: Key, head: Order, now_ms: int) -> tuple[int, ...]:
         """When a queue is looked at: batch that is owed a bind, interactive, then batch in spare capacity.
 
         What is owed is looked at by its head alone, which may hold one busy node free for itself.
         """
-        lane, model = key
-        if lane is Lane.INTERACTIVE or now_ms - head[3] > self._max_batch_wait_ms:
+        lane, model, is_decode = key
+        if lane is Lane.INTERACTIVE or is_decode or now_ms - head[3] > self._max_batch_wait_ms:
             return (ORDINARY,)
         return (OWED, SPARE) if self._binds_since_batch.get(model, 0) >= BATCH_EVERY - 1 else (SPARE,)
 
-    def _note_bind(self, key: tuple[Lane, str]) -> None:
+    def _note_bind(self, key: Key) -> None:
         """Count toward batch's next turn. What is owed stays owed until batch could be bound."""
-        lane, model = key
-        if lane is Lane.BATCH or (Lane.BATCH, model) not in self._queues:
+        lane, model, is_decode = key
+        if is_decode:
+            return
+        if lane is Lane.BATCH or (Lane.BATCH, model, False) not in self._queues:
             self._binds_since_batch.pop(model, None)
         else:
             self._binds_since_batch[model] = self._binds_since_batch.get(model, 0) + 1
@@ -284,7 +295,7 @@ class Window:
         for key, order in parked:
             heapq.heappush(self._queues.setdefault(key, []), order)
 
-    def _head(self, key: tuple[Lane, str]) -> Order | None:
+    def _head(self, key: Key) -> Order | None:
         queue = self._queues.get(key, [])
         while queue and queue[0][5] not in self._waiting:
             heapq.heappop(queue)
@@ -294,7 +305,7 @@ class Window:
         return queue[0]
 
     def _choose_from(
-        self, key: tuple[Lane, str], scheduler: Scheduler, round: Round, *, look_past: int
+        self, key: Key, scheduler: Scheduler, round: Round, now_ms: int, *, look_past: int
     ) -> tuple[Waiting, Choice] | None:
         passed = round.passed.setdefault(key, [])
         parked = 0
@@ -306,6 +317,7 @@ class Window:
                 waiting.excluded,
                 round.planned,
                 is_suspect=bool(waiting.crashed),
+                is_decode=waiting.handoff is not None and now_ms < waiting.handoff.expires_ms,
             )
             if choice is None:
                 self._parked.append((key, order))

@@ -10,6 +10,7 @@ import asyncio
 
 from dispatcher.backends.leader_store import AssignItem, LeaderStore
 from dispatcher.protocol import codec
+from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.names import Attempt, JobId
 from dispatcher.scheduling.choice import Choice
 from dispatcher.scheduling.scheduler import Scheduler
@@ -82,6 +83,8 @@ class Dispatch:
             excluded=waiting.excluded,
             crashed=waiting.crashed,
             hit_tokens=choice.hit_tokens,
+            stage=choice.stage,
+            handoff=waiting.handoff if choice.stage is Stage.DECODE else None,
         )
 
     async def _assign(self, chosen: list[tuple[Waiting, Choice, Bound]]) -> None:
@@ -101,6 +104,7 @@ class Dispatch:
                     data=waiting.data,
                     envelope=b"" if waiting.from_pending else codec.encode(envelope),
                     hit_tokens=bound.hit_tokens,
+                    stage=bound.stage,
                 )
             )
         marks = {source: progress.assigned for source, progress in state.progress.items()}
@@ -136,6 +140,7 @@ class Dispatch:
                 hit_tokens=choice.hit_tokens,
                 queue_s=round(choice.wait_s, 4),
                 prefill_s=round(choice.prefill_s, 4),
+                stage=choice.stage.value or None,
                 stale=choice.is_stale,
             )
             return

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from dispatcher.backends.leader_store import LeaderStore, RetryItem
 from dispatcher.backends.store_view import StoreView, StreamEntry
 from dispatcher.protocol import codec
+from dispatcher.protocol.handoff import stage_of
 from dispatcher.protocol.names import JobId, Ref
-from dispatcher.protocol.outcome import FailedAttempt, Reason
+from dispatcher.protocol.outcome import FailedAttempt, FailureCause, Reason
 from dispatcher.scheduling.breaker import ENGINE_FAILURES
 from dispatcher.scheduling.outage import Outage, outage_of
 from dispatcher.scheduling.retry import GiveUp, Past, RetryAfter, decide, is_given_back
@@ -54,6 +55,12 @@ class Failures:
         self._view = view
         self._unreadable = unreadable
 
+    async def refused(self, entry: StreamEntry, error: ValueError) -> ReadyEnding | None:
+        """Tell of an entry that can't be carried out; its ending once that is due."""
+        self._state.metrics.foreign.inc()
+        self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
+        return await self._unreadable.hold(Ref.parse(entry.text("ref")), entry)
+
     async def carry_out(self, entries: Sequence[StreamEntry]) -> list[ReadyEnding]:
         """Decide one batch of failed or released attempts; returns what is left to publish or to drop."""
         endings: list[ReadyEnding] = []
@@ -62,10 +69,7 @@ class Failures:
             try:
                 found = await self._read(entry)
             except ValueError as error:
-                self._state.metrics.foreign.inc()
-                self._state.log.error("closing entry refused", entry=entry.id.decode(), error=str(error))
-                gone = await self._unreadable.hold(Ref.parse(entry.text("ref")), entry)
-                if gone is not None:
+                if (gone := await self.refused(entry, error)) is not None:
                     endings.append(gone)
                 continue
             if isinstance(found, ReadyEnding):
@@ -93,18 +97,42 @@ class Failures:
         Raises:
             ValueError: it is not ours, or nothing is known of its request.
         """
-        state = self._state
-        ref = Ref.parse(entry.text("ref"))
         failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
-        job = JobId.parse(entry.text("job"))
+        taken = await self.take(entry)
+        if isinstance(taken, ReadyEnding):
+            return taken
+        job, bound = taken
+        return _Failure(entry=entry, job=job, failed=failed, bound=bound)
+
+    async def take(self, entry: StreamEntry) -> tuple[JobId, Bound] | ReadyEnding:
+        """Take an attempt that has no outcome off its node; one that was superseded is only dropped.
+
+        Raises:
+            ValueError: it is not ours, or nothing is known of its request.
+        """
+        state = self._state
+        ref, job = Ref.parse(entry.text("ref")), JobId.parse(entry.text("job"))
         known = state.bound.get(str(ref))
         if known is not None and known.job != job:
-            state.log.warning("superseded attempt failed", job=str(job), bound=str(known.job))
+            state.log.warning(
+                "superseded attempt ended", kind=entry.text("kind"), job=str(job), bound=str(known.job)
+            )
             return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job))
         bound = state.unbind(str(ref)) or await self._stored(job)
         if bound is None:
             raise codec.MalformedRecord(f"closing: job {job} has no record")
-        return _Failure(entry=entry, job=job, failed=failed, bound=bound)
+        return job, bound
+
+    def deleted(self, entry: StreamEntry, job: JobId, bound: Bound) -> ReadyEnding:
+        """The ending of a request whose job was deleted by other hands."""
+        failed = FailedAttempt(
+            attempt=str(job.attempt),
+            node=job.node,
+            cause=FailureCause.PROTOCOL,
+            message="its job was deleted from Redis",
+        )
+        failure = _Failure(entry=entry, job=job, failed=failed, bound=bound)
+        return self._given_up(failure, [failed], Reason.ATTEMPTS_EXHAUSTED)
 
     async def _stored(self, job: JobId) -> Bound | None:
         stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
@@ -116,13 +144,15 @@ class Failures:
             failures=stored.failures,
             excluded=stored.excluded,
             crashed=stored.crashed,
+            stage=stage_of(stored.stage),
+            handoff=codec.decode_handoff(stored.handoff),
         )
 
     def _judge(self, failure: _Failure) -> None:
         """Hold a failure against the node whose engine it was."""
         state, failed = self._state, failure.failed
         node = state.fleet.nodes.get(failed.node)
-        if node is None or failed.cause not in ENGINE_FAILURES:
+        if node is None or not self._is_its_engines(failure):
             return
         ref = failure.bound.envelope.ref
         if node.breaker.failed(ref, state.clock.monotonic(), state.rng):
@@ -134,6 +164,14 @@ class Failures:
                 cause=failed.cause.value,
                 for_s=round(node.breaker.probation_s, 1),
             )
+
+    def _is_its_engines(self, failure: _Failure) -> bool:
+        """Whether the node's engine is to blame: for a transfer only while the other side is well."""
+        if failure.failed.cause is not FailureCause.TRANSFER:
+            return failure.failed.cause in ENGINE_FAILURES
+        handoff = failure.bound.handoff
+        other = self._state.fleet.nodes.get(handoff.node) if handoff is not None else None
+        return other is not None and other.is_eligible
 
     def _decide(self, failure: _Failure, outage: Outage) -> RetryAfter | GiveUp:
         state, failed, bound = self._state, failure.failed, failure.bound
@@ -185,6 +223,9 @@ class Failures:
         excluded = failure.bound.excluded
         if verdict.exclude and job.node not in excluded:
             excluded = (*excluded, job.node)
+        handoff = failure.bound.handoff
+        if failed.cause is FailureCause.TRANSFER and handoff is not None and handoff.node not in excluded:
+            excluded = (*excluded, handoff.node)
         state.metrics.retries.labels(failed.cause.value).inc()
         item = RetryItem(
             entry=failure.entry.id,

@@ -17,6 +17,7 @@ from dispatcher.errors import RecordTooLarge
 from dispatcher.protocol.names import Ref
 from dispatcher.services.failures import Failures
 from dispatcher.services.finished import note_finished
+from dispatcher.services.handoffs import Handoffs
 from dispatcher.services.persist import until_answered
 from dispatcher.services.publication import (
     ReadyEnding,
@@ -60,6 +61,7 @@ class Publish:
         self._log = log
         self._unreadable = unreadable
         self._failures = Failures(state, store, view, unreadable)
+        self._handoffs = Handoffs(state, store, self._failures)
         self._positions = dict(positions)
         self._starts: dict[int, dict[str, int]] = {0: dict(floor)}
         self._sweep_at = FEWEST_STARTS
@@ -90,7 +92,7 @@ class Publish:
     async def publish(self, entries: list[StreamEntry]) -> None:
         """Carry out one batch of closing entries."""
         endings: list[ReadyEnding] = []
-        failed, foreign = [], []
+        failed, handed, foreign = [], [], []
         for entry in entries:
             try:
                 ref = self._open_ref(entry)
@@ -106,6 +108,9 @@ class Publish:
             if entry.text("kind") in {"failed", "released"}:
                 failed.append(entry)
                 continue
+            if entry.text("kind") == "handoff":
+                handed.append(entry)
+                continue
             try:
                 endings.append(ready_ending(entry, ref))
             except ValueError as error:
@@ -114,6 +119,8 @@ class Publish:
                     endings.append(gone)
             else:
                 self._state.unbind(str(ref), answered=True)
+        if handed:
+            endings += await self._handoffs.carry_out(handed)
         if failed:
             endings += await self._failures.carry_out(failed)
         await self._publish(endings, foreign)

@@ -16,6 +16,7 @@ from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, Pu
 from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.store_view import Placed, StoredJob, StoreView
 from dispatcher.protocol import codec
+from dispatcher.protocol.handoff import stage_of
 from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import FailureCause, OutcomeHead, Reason
 from dispatcher.scheduling.progress import SourceProgress
@@ -270,6 +271,8 @@ class Recovery:
                 excluded=job.excluded,
                 crashed=job.crashed,
                 hit_tokens=job.hit_tokens,
+                stage=stage_of(job.stage),
+                handoff=codec.decode_handoff(job.handoff),
             )
             uncached = 0 if job.claimed else max(1, envelope.prompt_tokens - job.hit_tokens)
             node = state.fleet.nodes.get(bound.job.node)
@@ -282,7 +285,20 @@ class Recovery:
                 number=job.number,
             )
             return
+<<<<<<< HEAD
         state.delay(waiting_from(job), job.not_before_ms, is_paid=_is_paid(job.cause))
+=======
+        waiting = Waiting(
+            ref=Ref.parse(job.ref),
+            envelope=envelope,
+            from_pending=True,
+            failures=job.failures,
+            excluded=job.excluded,
+            crashed=job.crashed,
+            handoff=codec.decode_handoff(job.handoff),
+        )
+        state.delay(waiting, job.not_before_ms, is_paid=_is_paid(job.cause))
+>>>>>>> 3015e7a (Prefill and decode nodes: a request in two stages, bound late)
 
     async def _rebuild(
         self, marks: Mapping[str, int], floor: Mapping[str, int], *, fresh: bool

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.store_view import Placed
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.handoff import Handoff, Stage
 from dispatcher.protocol.names import JobId, Names, Ref
 from dispatcher.protocol.outcome import OutcomeKind, Reason
 from dispatcher.scheduling.delayed import Delayed
@@ -36,7 +37,7 @@ EVENTS_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """A request at a node."""
+    """A request at a node; with the `handoff` that a decode stage goes on from."""
 
     envelope: Envelope
     job: JobId
@@ -44,6 +45,8 @@ class Bound:
     excluded: tuple[str, ...]
     crashed: tuple[str, ...] = ()
     hit_tokens: int = 0
+    stage: Stage = Stage.WHOLE
+    handoff: Handoff | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

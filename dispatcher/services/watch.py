@@ -359,7 +359,8 @@ class Guard:
         unknown = []
         for ref in refs:
             bound = self._state.unbind(str(ref))
-            if bound is None:
+            if bound is None or bound.handoff is not None:
+                # What was handed over to it is still of use when it had not begun, which Redis knows.
                 unknown.append(ref)
                 continue
             excluded = bound.excluded if name in bound.excluded else (*bound.excluded, name)
@@ -388,7 +389,21 @@ class Guard:
                 self._state.enter(waiting_from(job))
             except codec.MalformedRecord:
                 continue
+<<<<<<< HEAD
             unread.discard(job.ref)
         for ref in sorted(unread):
             self._state.log.error("pending job can't be read, to be written anew", ref=ref)
             self._state.note_misread(Placed(ref=Ref.parse(ref), job=None))
+=======
+            self._state.enter(
+                Waiting(
+                    ref=Ref.parse(job.ref),
+                    envelope=envelope,
+                    from_pending=True,
+                    failures=job.failures,
+                    excluded=job.excluded,
+                    crashed=job.crashed,
+                    handoff=codec.decode_handoff(job.handoff),
+                )
+            )
+>>>>>>> 3015e7a (Prefill and decode nodes: a request in two stages, bound late)

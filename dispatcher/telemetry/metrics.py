@@ -54,6 +54,9 @@ class DispatcherMetrics:
         self.transaction_s = Histogram(
             "flexlb_transaction_seconds", "Outcome transactions", registry=registry, buckets=SECONDS
         )
+        self.handoffs = Counter(
+            "flexlb_handoffs", "Prompts computed for another node to go on from", registry=registry
+        )
         self.retries = Counter("flexlb_retries", "Attempts bound again", ["cause"], registry=registry)
         self.retries_without_token = Gauge(
             "flexlb_retries_without_token", "Retries that wait for the retry budget", registry=registry

@@ -26,7 +26,7 @@ from tests.support.bad_engines import Behaviour, bad_engine
 from tests.support.pool import CLOCK, MODEL, Pool, request
 from tests.support.wait import wait_until
 from workers_agent.app import Agent
-from workers_agent.engines.engine import Engine, Piece
+from workers_agent.engines.engine import Engine, Piece, Prefilled
 from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.engines.openai_http import OpenAIEngine
 from workers_agent.settings import AgentSettings
@@ -58,6 +58,10 @@ class HeldEngine:
         finally:
             if not finished:
                 self.aborted.append(work.id)
+
+    async def prefill(self, work: Work, body: bytes) -> Prefilled | None:
+        """It splits nothing."""
+        return None
 
     async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
         """It tells no tokens."""

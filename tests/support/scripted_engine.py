@@ -8,11 +8,13 @@ import json
 import random
 from collections.abc import AsyncGenerator, Sequence
 
+from msgspec import Raw
+
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
 from tests.support.sim.loop import current
-from workers_agent.engines.engine import EngineFailure, Piece
+from workers_agent.engines.engine import EngineFailure, Piece, Prefilled
 from workers_agent.engines.engine_load import EngineLoad
 
 PROMPT_IDS = (1_000_001,) * 8
@@ -82,6 +84,19 @@ class ScriptedEngine:
             yield Piece(choices=(delta,), tokens=1)
         usage = Usage(prompt_tokens=len(PROMPT_IDS) + first, completion_tokens=tokens - first)
         yield Piece(finish_reasons=((0, "length"),), usage=usage)
+
+    async def prefill(self, work: Work, body: bytes) -> Prefilled | None:
+        """Compute a prompt for another engine."""
+        crashes = self._crashes
+        if not self._is_up():
+            raise EngineFailure(FailureCause.CONNECT, "the simulated engine is down", reached=False)
+        await asyncio.sleep(self._rng.uniform(0.005, 0.2))
+        self._check(crashes)
+        if self._rng.random() < self._failure_share:
+            raise EngineFailure(FailureCause.PROTOCOL, "the simulated engine named no blocks")
+        usage = Usage(prompt_tokens=len(PROMPT_IDS), completion_tokens=1)
+        params = {"do_remote_prefill": True, "remote_request_id": work.id}
+        return Prefilled(kv_transfer_params=Raw(json.dumps(params).encode()), usage=usage)
 
     async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
         """The same for every prompt."""

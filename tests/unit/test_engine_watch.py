@@ -11,7 +11,7 @@ from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.node import NodeIdentity
 from dispatcher.telemetry.logging import Log
-from workers_agent.engines.engine import Piece
+from workers_agent.engines.engine import Piece, Prefilled
 from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.engines.gpu import GpuWatch
 from workers_agent.metrics import AgentMetrics
@@ -40,6 +40,10 @@ class ToldEngine:
         """What its health page says."""
         self.asked.append("health")
         return self.healthy
+
+    async def prefill(self, work: Work, body: bytes) -> Prefilled | None:
+        """It splits nothing."""
+        return None
 
     async def prompt_ids(self, work: Work, body: bytes) -> tuple[int, ...] | None:
         """It tells no tokens."""

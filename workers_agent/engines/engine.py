@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import Raw
+
 from dispatcher.errors import FlexLBError
 from dispatcher.protocol.assignment import Work
 from dispatcher.protocol.chunk import ChoiceDelta
@@ -28,6 +30,14 @@ class Piece:
     tokens: int = 0
     finish_reasons: tuple[tuple[int, str], ...] = ()
     usage: Usage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """A computed prompt: what the engine wants told to the one that goes on, verbatim, and its counts."""
+
+    kv_transfer_params: Raw
+    usage: Usage
 
 
 class EngineFailure(FlexLBError):
@@ -50,6 +60,7 @@ class EngineFailure(FlexLBError):
         super().__init__(f"{message}: {said}" if said else message)
         self.cause = cause
         self.message = message
+        self.said = said
         self.http_status = http_status
         self.reached = reached
 
@@ -64,6 +75,14 @@ class Engine(Protocol):
 
         Raises:
             EngineFailure: refused, overloaded, broken off, stalled or unreadable.
+        """
+        ...
+
+    async def prefill(self, work: Work, body: bytes) -> Prefilled | None:
+        """Compute the prompt of `body` and keep its blocks for another engine; None when it can't be split.
+
+        Raises:
+            EngineFailure: as `stream`; PROTOCOL also when the engine names no blocks.
         """
         ...
 

@@ -26,7 +26,7 @@ from dispatcher.protocol.chunk import ChoiceDelta
 from dispatcher.protocol.outcome import FailureCause, Usage
 from dispatcher.protocol.request import Count, Endpoint
 from workers_agent.engines.continuation import continuable
-from workers_agent.engines.engine import EngineFailure, Piece
+from workers_agent.engines.engine import EngineFailure, Piece, Prefilled
 from workers_agent.engines.engine_load import EngineLoad, parse_load
 from workers_agent.engines.sse import EventParser
 
@@ -79,6 +79,7 @@ class _Event(Struct):
     choices: tuple[_Choice, ...] | None = None
     usage: _Usage | None = None
     error: Raw = Raw(b"null")
+    kv_transfer_params: Raw = Raw(b"null")
 
 
 class _Model(Struct):
@@ -168,6 +169,51 @@ def streaming_body(endpoint: Endpoint, body: bytes, model: str, cache_salt: str 
     return msgspec.json.encode(fields), (n or 1) * prompts
 
 
+REMOTE_DECODE = Raw(
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,'
+    b'"remote_host":null,"remote_port":null}'
+)
+"""What vLLM's NIXL connector wants of a prompt that another engine goes on from (0.33)."""
+
+
+def prefill_body(endpoint: Endpoint, body: bytes, model: str, cache_salt: str = "") -> bytes | None:
+    """Make `body` ask for its prompt to be computed and kept: one token, not streamed.
+
+    None when it can't be split: it has several answers, and the blocks of a prompt are pulled once.
+
+    Raises:
+        EngineFailure: as `streaming_body`.
+    """
+    streamed, choices = streaming_body(endpoint, body, model, cache_salt)
+    if choices != 1:
+        return None
+    fields = _body.decode(streamed)
+    for name in ("stream_options", "return_token_ids", "min_tokens"):
+        fields.pop(name, None)
+    fields["stream"] = Raw(b"false")
+    fields["max_tokens"] = Raw(b"1")
+    if "max_completion_tokens" in fields:
+        fields["max_completion_tokens"] = Raw(b"1")
+    fields["kv_transfer_params"] = REMOTE_DECODE
+    return msgspec.json.encode(fields)
+
+
+def decode_body(body: bytes, kv_transfer_params: Raw) -> bytes:
+    """Make `body` go on from a prompt that another engine computed.
+
+    Raises:
+        EngineFailure: REFUSED, the body can't be an OpenAI body.
+    """
+    try:
+        fields = _body.decode(body)
+    except _UNREADABLE as error:
+        raise EngineFailure(
+            FailureCause.REFUSED, f"body: expected a JSON object, seen {len(body)} other bytes ({error})"
+        ) from None
+    fields["kv_transfer_params"] = kv_transfer_params
+    return msgspec.json.encode(fields)
+
+
 def _prompts(prompt: Raw | None) -> int:
     """Count prompts: a list of texts or of lists is several, a list of token ids is one."""
     if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
@@ -183,6 +229,7 @@ class _Answer:
         self._finished: set[int] = set()
         self.tokens = 0
         self.usage: Usage | None = None
+        self.kv_transfer_params = Raw(b"null")
         self.is_done = False
 
     @property
@@ -241,6 +288,8 @@ class _Answer:
             )
         if event.usage is not None:
             self.usage = _usage(event.usage)
+        if bytes(event.kv_transfer_params) != b"null":
+            self.kv_transfer_params = event.kv_transfer_params
         choices: list[ChoiceDelta] = []
         finish_reasons: list[tuple[int, str]] = []
         tokens = 0
@@ -363,6 +412,36 @@ class OpenAIEngine:
             answer.require_whole()
             if answer.usage is not None:
                 yield Piece(usage=answer.usage)
+        finally:
+            response.close()
+
+    async def prefill(self, work: Work, body: bytes) -> Prefilled | None:
+        """Compute the prompt of `body` for another engine; see `Engine.prefill`."""
+        asked = prefill_body(work.endpoint, body, work.model, work.cache_salt)
+        if asked is None:
+            return None
+        deadline = asyncio.get_running_loop().time() + self._first_token_timeout_s
+        response = await self._post(work, asked, deadline)
+        try:
+            if response.status != 200:
+                raise await _refusal(response)
+            answer = _Answer(1)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    answer.take_whole(await self._whole(response))
+            except TimeoutError:
+                raise EngineFailure(
+                    FailureCause.STALLED, f"{response.url}: engine fell silent while it computed a prompt"
+                ) from None
+            if bytes(answer.kv_transfer_params) == b"null":
+                raise EngineFailure(
+                    FailureCause.PROTOCOL,
+                    f"{response.url}: expected kv_transfer_params from a prefill node, seen none; "
+                    "start the engine with a KV connector (vLLM: --kv-transfer-config with NixlConnector)",
+                )
+            return Prefilled(
+                kv_transfer_params=Raw(bytes(answer.kv_transfer_params)), usage=answer.usage or Usage()
+            )
         finally:
             response.close()
 

@@ -22,6 +22,7 @@ from dispatcher.errors import LogRefused, LogUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import Work, stray_route
 from dispatcher.protocol.chunk import ChoiceDelta
+from dispatcher.protocol.handoff import KV_LEASE_MS, NO_PARAMETERS, Handoff, Stage
 from dispatcher.protocol.names import Attempt, Names
 from dispatcher.protocol.outcome import (
     Choice,
@@ -37,12 +38,18 @@ from dispatcher.protocol.request import Endpoint
 from dispatcher.telemetry.logging import where_broke
 from workers_agent.engines.continuation import Continuable, continuable
 from workers_agent.engines.engine import Engine, EngineFailure, Piece
+from workers_agent.engines.openai_http import decode_body
 from workers_agent.services.reply_stream import Pacer, ReplyStream
 from workers_agent.state import AgentState
 from workers_agent.trail import Trail
 
 BODY_PAUSE_S = 0.5
 SAME_STEP_S = 0.001
+TRANSFER_TIMEOUT_S = 15.0
+"""The blocks of a prompt are lent for 30 s: a pull that takes longer than half of it is given up."""
+_MAY_BE_ITS_PULL = frozenset(
+    {FailureCause.ENGINE_ERROR, FailureCause.PROTOCOL, FailureCause.STALLED, FailureCause.TRUNCATED}
+)
 _MAY_BE_ITS_END = frozenset({FailureCause.CONNECT, FailureCause.TRUNCATED, FailureCause.ENGINE_ERROR})
 
 
@@ -209,19 +216,117 @@ class Executor:
         held = state.held.get(job)
         hit_tokens = held.claimed.hit_tokens if held is not None else 0
         checkpoint = held.claimed.checkpoint if held is not None else b""
-        ending, reason = await self.attempt(job, attempt, work, hit_tokens=hit_tokens, checkpoint=checkpoint)
+        if held is not None and held.claimed.stage == Stage.PREFILL:
+            ending, reason = await self.prefill(
+                job, attempt, work, hit_tokens=hit_tokens, checkpoint=checkpoint
+            )
+        else:
+            handoff = codec.decode_handoff(held.claimed.handoff) if held is not None else None
+            ending, reason = await self.attempt(
+                job, attempt, work, hit_tokens=hit_tokens, checkpoint=checkpoint, handoff=handoff
+            )
         state.metrics.endings.labels(ending.kind, reason).inc()
         state.metrics.attempt_s.observe(state.clock.monotonic() - began)
         state.end(job, ending)
 
-    async def attempt(
+    async def prefill(
         self, job: str, attempt: Attempt, work: Work, *, hit_tokens: int = 0, checkpoint: bytes = b""
+    ) -> tuple[Ending, str]:
+        """Compute a prompt for another node; how it ended, and the stage or cause for metrics.
+
+        An answer that goes on from published tokens is left to that node whole, as is what can't be split.
+        """
+        state = self._state
+        claimed_ms = state.server_clock.now_ms()
+        began_s = submitted_s = state.clock.monotonic()
+        prefilled, prefill_us = None, 0
+        try:
+            async with asyncio.timeout(self._seconds_left(work)):
+                if stray := stray_route(work, self._names):
+                    raise EngineFailure(FailureCause.REFUSED, stray)
+                body = await self._body(work)
+                submitted_s = state.clock.monotonic()
+                if not checkpoint:
+                    prefilled = await self._engine.prefill(work, body)
+        except TimeoutError:
+            outcome = Outcome(
+                id=work.id,
+                ref=work.ref,
+                tenant=work.tenant,
+                kind=OutcomeKind.EVICTED,
+                reason=Reason.DEADLINE_EXCEEDED,
+                message="deadline passed while its prompt was computed",
+                fingerprint=work.fingerprint,
+                attempt=str(attempt),
+                node=state.identity.node,
+                model=work.model,
+                timing=Timing(
+                    appended=work.appended_ms, claimed=claimed_ms, ended=state.server_clock.now_ms()
+                ),
+            )
+            payload = codec.encode(outcome)
+            ending = Ending(job=job, kind="outcome", ref=work.ref, id=work.id, payload=payload)
+            return ending, Reason.DEADLINE_EXCEEDED.value
+        except EngineFailure as failure:
+            state.is_suspect = state.is_suspect or failure.cause is FailureCause.STALLED
+            died = failure.cause in _MAY_BE_ITS_END and await self._check_engine(began_s)
+            return self._failed(
+                job,
+                attempt,
+                work,
+                failure.cause,
+                str(failure),
+                failure.http_status,
+                crash=died and failure.reached,
+                told=failure.message,
+            )
+        except Exception as error:
+            state.log.error("attempt broke", job=job, error=where_broke(error))
+            told = f"in the agent: {where_broke(error)}"
+            return self._failed(job, attempt, work, FailureCause.ENGINE_ERROR, f"{told} {error!r}", told=told)
+        state.note_token(job)
+        if prefilled is not None:
+            answer = Answer()
+            self._prefills.first_token(answer, submitted_s, state.clock.monotonic())
+            prefill_us = answer.prefill_us
+        now_ms = state.server_clock.now_ms()
+        usage = prefilled.usage if prefilled is not None else Usage()
+        handoff = Handoff(
+            node=state.identity.node,
+            kv_transfer_params=prefilled.kv_transfer_params if prefilled is not None else NO_PARAMETERS,
+            expires_ms=now_ms + KV_LEASE_MS,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            predicted_cached_tokens=hit_tokens,
+            prefill_us=prefill_us,
+            prefilled_ms=now_ms,
+        )
+        ending = Ending(
+            job=job,
+            kind="handoff",
+            ref=work.ref,
+            id=work.id,
+            payload=codec.encode(handoff),
+            checkpoint=checkpoint,
+        )
+        return ending, "prefilled" if prefilled is not None else "unsplit"
+
+    async def attempt(
+        self,
+        job: str,
+        attempt: Attempt,
+        work: Work,
+        *,
+        hit_tokens: int = 0,
+        checkpoint: bytes = b"",
+        handoff: Handoff | None = None,
     ) -> tuple[Ending, str]:
         """Run one attempt; how it ended, and the reason or cause for metrics.
 
         Args:
             hit_tokens: what the leader expected of the engine's cache.
             checkpoint: what the attempt before left.
+            handoff: where its prompt was computed.
         """
         state = self._state
         claimed_ms, began_s = state.server_clock.now_ms(), state.clock.monotonic()
@@ -232,7 +337,7 @@ class Executor:
         kind, reason, message = OutcomeKind.COMPLETED, Reason.FINISHED, ""
         try:
             async with asyncio.timeout(self._seconds_left(work)):
-                await self._generate(job, attempt, work, answer, stream, checkpoint)
+                await self._generate(job, attempt, work, answer, stream, checkpoint, handoff)
         except TimeoutError:
             kind, reason = OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED
             message = f"deadline passed after {answer.tokens} tokens"
@@ -262,6 +367,14 @@ class Executor:
             return self._failed(job, attempt, work, FailureCause.ENGINE_ERROR, f"{told} {error!r}", told=told)
         finally:
             stream.close()
+        usage = answer.whole_usage()
+        prefill_us = answer.prefill_us if not answer.resumed_tokens else 0
+        prefill_node = ""
+        if handoff is not None and handoff.has_blocks:
+            # This engine had all of the prompt from the other, which knows what it had cached of it.
+            usage = msgspec.structs.replace(usage, cached_tokens=handoff.cached_tokens)
+            hit_tokens, prefill_us = handoff.predicted_cached_tokens, 0
+            prefill_node = handoff.node
         outcome = Outcome(
             id=work.id,
             ref=work.ref,
@@ -272,15 +385,16 @@ class Executor:
             fingerprint=work.fingerprint,
             attempt=str(attempt),
             node=state.identity.node,
+            prefill_node=prefill_node,
             model=work.model,
             choices=answer.choices(),
-            usage=answer.whole_usage(),
+            usage=usage,
             timing=Timing(
                 appended=work.appended_ms,
                 claimed=claimed_ms,
                 first_token=answer.first_token_ms,
                 ended=state.server_clock.now_ms(),
-                prefill_us=answer.prefill_us if not answer.resumed_tokens else 0,
+                prefill_us=prefill_us,
             ),
             predicted_cached_tokens=hit_tokens,
         )
@@ -305,7 +419,14 @@ class Executor:
         return left_s
 
     async def _generate(
-        self, job: str, attempt: Attempt, work: Work, answer: Answer, stream: ReplyStream, checkpoint: bytes
+        self,
+        job: str,
+        attempt: Attempt,
+        work: Work,
+        answer: Answer,
+        stream: ReplyStream,
+        checkpoint: bytes,
+        handoff: Handoff | None,
     ) -> None:
         if stray := stray_route(work, self._names):
             raise EngineFailure(FailureCause.REFUSED, stray)
@@ -322,9 +443,40 @@ class Executor:
                 self._state.metrics.resumed_tokens.inc(answer.resumed_tokens)
                 return
         await stream.begin()
-        await self._run(job, work, body, answer, stream)
+        if handoff is None or not handoff.has_blocks or checkpoint:
+            await self._run(job, work, body, answer, stream)
+            return
+        body = decode_body(body, handoff.kv_transfer_params)
+        try:
+            async with asyncio.timeout(TRANSFER_TIMEOUT_S) as pull:
+                await self._run(job, work, body, answer, stream, pull)
+        except TimeoutError:
+            if not pull.expired():
+                raise
+            raise EngineFailure(
+                FailureCause.TRANSFER,
+                f"no token within {TRANSFER_TIMEOUT_S:g} s of a prompt computed at {handoff.node}",
+            ) from None
+        except EngineFailure as failure:
+            if answer.tokens or failure.cause not in _MAY_BE_ITS_PULL:
+                raise
+            raise EngineFailure(
+                FailureCause.TRANSFER,
+                f"going on from a prompt computed at {handoff.node}: {failure.message}",
+                said=failure.said,
+                http_status=failure.http_status,
+            ) from None
 
-    async def _run(self, job: str, work: Work, body: bytes, answer: Answer, stream: ReplyStream) -> None:
+    async def _run(
+        self,
+        job: str,
+        work: Work,
+        body: bytes,
+        answer: Answer,
+        stream: ReplyStream,
+        pull: asyncio.Timeout | None = None,
+    ) -> None:
+        """Stream one run of the engine; with the first token a `pull` of its prompt has come to its end."""
         clock = self._state.clock
         submitted_s = clock.monotonic()
         is_first = True
@@ -332,6 +484,8 @@ class Executor:
             async for piece in pieces:
                 if is_first and piece.choices:
                     is_first = False
+                    if pull is not None:
+                        pull.reschedule(None)
                     self._prefills.first_token(answer, submitted_s, clock.monotonic())
                     self._state.note_token(job)
                 answer.add(piece, self._state.server_clock.now_ms())

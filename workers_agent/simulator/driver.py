@@ -100,8 +100,8 @@ class Driver:
         """The modelled time."""
         return asyncio.get_running_loop().time() / self._scale if self._scale else self._now_s
 
-    def submit(self, ask: Ask, began_s: float) -> Reply:
-        """Queue every sequence of a request that came at `began_s`."""
+    def submit(self, ask: Ask, began_s: float, *, is_kept: bool = False, is_pulled: bool = False) -> Reply:
+        """Queue every sequence of a request that came at `began_s`; as in `EngineModel.submit`."""
         reply = Reply(ask, self._next_key, began_s)
         self._next_key += ask.sequences
         queued_s = self.clock_s
@@ -109,7 +109,15 @@ class Driver:
         for prompt in ask.prompts:
             for choice, key in enumerate(itertools.islice(keys, ask.n)):
                 output = Answer(prompt, choice).token_id
-                self._engine.submit(key, prompt, ask.max_tokens, output=output, salt=ask.salt)
+                self._engine.submit(
+                    key,
+                    prompt,
+                    ask.max_tokens,
+                    output=output,
+                    salt=ask.salt,
+                    is_kept=is_kept,
+                    is_pulled=is_pulled,
+                )
                 self._replies[key] = reply
                 self._queued[key] = len(prompt), queued_s
         self._arrived.set()
@@ -121,6 +129,14 @@ class Driver:
             del self._replies[key]
             self._queued.pop(key, None)
             self._engine.abort(key)
+
+    def wall_s(self, modelled_s: float) -> float:
+        """So many modelled seconds on the wall; those of an engine that waits for nothing are as long."""
+        return modelled_s * (self._scale or 1.0)
+
+    async def wait(self, modelled_s: float) -> None:
+        """Wait so many modelled seconds."""
+        await self.wait_until(self.clock_s + modelled_s)
 
     def reset_cache(self) -> bool:
         """Forget every cached block; False while sequences hold some."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import aiohttp
 import msgspec
 from aiohttp import web
 from prometheus_client import generate_latest
@@ -22,10 +26,12 @@ from dispatcher.simulation.kv_cache import CacheEvent
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
 from dispatcher.telemetry.http import guard_expectations
+from workers_agent.simulator import kv_transfer
 from workers_agent.simulator.driver import Driver, Reply
 from workers_agent.simulator.engine_metrics import EngineMetrics
 from workers_agent.simulator.faults import Fault, FaultPlan, Faults, kill_myself
 from workers_agent.simulator.kv_events import KVEventPublisher
+from workers_agent.simulator.kv_transfer import KVTransfer, Lender, borrow
 from workers_agent.simulator.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
@@ -87,6 +93,9 @@ class Simulator:
         self._started_s = int(time.time())
         self._runner: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._address = ("127.0.0.1", 0)
+        self._session: aiohttp.ClientSession | None = None
+        self.lender = Lender(uuid.uuid4().hex, self.engine.release, self._driver.wall_s)
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Serve; return the base address.
@@ -106,6 +115,8 @@ class Simulator:
         add.add_post("/detokenize", self._detokenise)
         add.add_post("/reset_prefix_cache", self._reset)
         add.add_post("/sim/faults", self._set_faults)
+        add.add_get(kv_transfer.PATH, self._lend)
+        add.add_delete(kv_transfer.PATH, self._take_back)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         guard_expectations(runner.server)
@@ -121,6 +132,10 @@ class Simulator:
                 self.kv.close()
             raise
         self._runner = runner
+        # What listens on every address is reached by its name.
+        reached = socket.gethostname() if host in {"0.0.0.0", "::"} else host
+        self._address = (f"[{reached}]" if ":" in reached else reached, runner.addresses[0][1])
+        self._session = aiohttp.ClientSession()
         self._tasks = [asyncio.create_task(self._driver.run())]
         if self.kv is not None:
             self._tasks.append(asyncio.create_task(self.kv.run()))
@@ -135,6 +150,9 @@ class Simulator:
             await asyncio.wait(self._tasks)
         if self._runner is not None:
             await self._runner.cleanup()
+        self.lender.close()
+        if self._session is not None:
+            await self._session.close()
         if self.kv is not None:
             self.kv.close()
 
@@ -212,6 +230,7 @@ class Simulator:
                 id=request.headers.get("X-Request-Id") or str(self._requests),
             )
             self._admit(ask)
+            self._check_transfer(ask)
             fault = self._faults.draw()
             if fault is Fault.REFUSE:
                 raise Refusal(500, "InternalServerError", "failed on purpose, as --fail-rate asks")
@@ -219,7 +238,16 @@ class Simulator:
             return _refuse(refusal)
         if self.settings.profile.request_s:
             await self._driver.wait_until(began_s + self.settings.profile.request_s)
-        reply = self._driver.submit(ask, began_s)
+        transfer = msgspec.convert(ask.kv_transfer or {}, KVTransfer)
+        try:
+            if transfer.do_remote_prefill:
+                assert self._session is not None
+                await borrow(self._session, transfer, self._driver.wait, len(ask.prompts[0]))
+        except Refusal as refusal:
+            return _refuse(refusal)
+        reply = self._driver.submit(
+            ask, began_s, is_kept=transfer.do_remote_decode, is_pulled=transfer.do_remote_prefill
+        )
         try:
             if ask.stream:
                 return await self._stream(request, reply, fault)
@@ -248,6 +276,18 @@ class Simulator:
         if held + ask.sequences > settings.profile.max_running + settings.max_waiting:
             raise Refusal(429, "TooManyRequests", f"{held} sequences are already held: try again later")
 
+    def _check_transfer(self, ask: Ask) -> None:
+        if ask.kv_transfer is None:
+            return
+        try:
+            transfer = msgspec.convert(ask.kv_transfer, KVTransfer)
+        except msgspec.ValidationError as error:
+            raise Refusal(400, "BadRequestError", f"kv_transfer_params: {error}") from None
+        if (transfer.do_remote_decode or transfer.do_remote_prefill) and ask.sequences != 1:
+            raise Refusal(400, "BadRequestError", "kv_transfer_params: expected one prompt and one choice")
+        if transfer.do_remote_decode and (ask.stream or ask.max_tokens != 1):
+            raise Refusal(400, "BadRequestError", "do_remote_decode: expected one token, not streamed")
+
     async def _stream(self, request: web.Request, reply: Reply, fault: Fault) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -274,8 +314,29 @@ class Simulator:
             if await self._next(request, reply, fault) is None:
                 await _break_off(request, Fault.CUT)
         choices = [ask.choice(index, ids, is_first=True, is_last=True) for index, ids in enumerate(reply.ids)]
-        body = ask.frame(choices, reply.usage(), is_first=True)
+        body = ask.frame(choices, reply.usage(), is_first=True, kv_transfer=self._lent(reply))
         return web.Response(body=body, content_type="application/json")
+
+    def _lent(self, reply: Reply) -> dict[str, Any] | None:
+        """What a finished prompt is lent with, when that was asked for."""
+        ask = reply.ask
+        if not (ask.kv_transfer or {}).get("do_remote_decode"):
+            return None
+        block = self.settings.profile.block_tokens
+        return self.lender.lend(ask.id, reply.keys[0], len(ask.prompts[0]), *self._address, block)
+
+    async def _lend(self, request: web.Request) -> web.Response:
+        asked = request.query
+        tokens = self.lender.tokens_of(asked.get("engine", ""), asked.get("request", ""))
+        if tokens is None:
+            return _refuse(Refusal(404, "NotFoundError", "no such blocks are lent"))
+        return web.json_response({"tokens": tokens})
+
+    async def _take_back(self, request: web.Request) -> web.Response:
+        asked = request.query
+        if self.lender.tokens_of(asked.get("engine", ""), asked.get("request", "")) is not None:
+            self.lender.give_back(asked["request"])
+        return web.Response()
 
     async def _next(self, request: web.Request, reply: Reply, fault: Fault) -> list[bytes] | None:
         """The next choices, as far as the fault lets them come; None when an error is to be reported."""

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -47,6 +47,7 @@ class _Body(Struct, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = 1
     return_token_ids: bool | None = False
     cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class _Completions(_Body, kw_only=True):
@@ -92,6 +93,7 @@ class Ask:
     continuous_usage: bool
     return_token_ids: bool
     salt: str
+    kv_transfer: dict[str, Any] | None = None
 
     @property
     def sequences(self) -> int:
@@ -115,7 +117,12 @@ class Ask:
         return msgspec.json.encode(head)[:-1] + b',"choices":['
 
     def frame(
-        self, choices: Iterable[bytes], usage: dict[str, object] | None, *, is_first: bool = False
+        self,
+        choices: Iterable[bytes],
+        usage: dict[str, object] | None,
+        *,
+        is_first: bool = False,
+        kv_transfer: dict[str, Any] | None = None,
     ) -> bytes:
         """Write a chunk of a stream, or the whole answer when not streaming."""
         frame = self._head + b",".join(choices) + b"]"
@@ -123,6 +130,8 @@ class Ask:
             frame += b',"prompt_token_ids":' + msgspec.json.encode(self.prompts[0].tolist())
         if usage is not None:
             frame += b',"usage":' + msgspec.json.encode(usage)
+        if kv_transfer is not None:
+            frame += b',"kv_transfer_params":' + msgspec.json.encode(kv_transfer)
         return frame + b"}"
 
     def choice(self, index: int, ids: list[int], *, is_first: bool, is_last: bool) -> bytes:
@@ -209,6 +218,7 @@ def read_ask(body: bytes, *, is_chat: bool, id: str) -> Ask:
         continuous_usage=options.continuous_usage_stats,
         return_token_ids=bool(read.return_token_ids),
         salt=read.cache_salt or "",
+        kv_transfer=read.kv_transfer_params,
     )
 
 

@@ -4,7 +4,7 @@
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 pool  5 now (ISO 8601, for RQ)  6 id window ms
 --       7 marks m  8 items n   m x (source, low)
 --       n x (place 'log'|'pending', node, incarnation, job id, ref, source, offset, cost tokens,
---            identity key, fingerprint, data, envelope, predicted cached tokens)
+--            identity key, fingerprint, data, envelope, predicted cached tokens, stage)
 -- Error REWOUND when the counter is lower than one seen before: Redis went back in time, and marks computed
 -- before that must not be written.
 -- Returns {the generation's counter, one answer per item, one assignment number per item, keys dropped}:
@@ -46,8 +46,8 @@ for i = 1, items do
   local place, node, incarnation = ARGV[at], ARGV[at + 1], ARGV[at + 2]
   local job, ref, source, offset = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
   local cost, identity, print = ARGV[at + 7], ARGV[at + 8], ARGV[at + 9]
-  local data, envelope, hit = ARGV[at + 10], ARGV[at + 11], ARGV[at + 12]
-  at = at + 13
+  local data, envelope, hit, stage = ARGV[at + 10], ARGV[at + 11], ARGV[at + 12], ARGV[at + 13]
+  at = at + 14
   local node_key = prefix .. 'node:' .. node
   local queue = pool .. '--' .. node
   local answer = 'ok'
@@ -104,7 +104,9 @@ for i = 1, items do
       if not unless_strange(key, fill()) then unless_strange(key, fill()) end
     end
     redis.call('HSET', key, 'status', 'queued', 'origin', queue, 'enqueued_at', now, 'cost', cost, 'seq', seq,
-      'hit', hit)
+      'hit', hit, 'stage', stage)
+    -- What was handed over is of use to the decode stage alone.
+    if stage ~= 'decode' then redis.call('HDEL', key, 'transfer') end
     numbers[i] = seq
   end
   answers[i] = answer

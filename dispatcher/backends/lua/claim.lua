@@ -4,7 +4,7 @@
 -- ARGV  1 incarnation  2 claim number (rising within an incarnation)  3 limit  4 lease ms
 --       5 now (ISO 8601)  6 queue ('<pool>--<node>', also the worker's name)
 --       7 '' or the RQ execution id when a stock RQ worker already took the job in ARGV[8]
--- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens, checkpoint},
+-- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens, checkpoint, stage, hand-off},
 -- then foreign ids as {id}: of other makers, of jobs that are gone, and of mere records of failed attempts, which RQ's
 -- `requeue` puts back;
 -- error FENCED as in report; {} for a claim older than the last one.
@@ -56,8 +56,9 @@ else
 end
 local answer = {}
 for i, id in ipairs(taken) do
-  local job = redis.call('HMGET', 'rq:job:' .. id, 'seq', 'envelope', 'data', 'failures', 'hit', 'checkpoint')
-  answer[i] = {id, job[1], job[2], job[3], job[4], job[5], job[6]}
+  local job = redis.call('HMGET', 'rq:job:' .. id, 'seq', 'envelope', 'data', 'failures', 'hit', 'checkpoint',
+    'stage', 'transfer')
+  answer[i] = {id, job[1], job[2], job[3], job[4], job[5], job[6], job[7], job[8]}
 end
 for _, id in ipairs(foreign) do answer[#answer + 1] = id end
 return answer

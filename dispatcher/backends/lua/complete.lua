@@ -2,9 +2,9 @@
 -- End attempts: store outcomes, or hand failed and unfinished ones back to the leader.
 -- KEYS  1 node  2 claimed  3 RQ wip
 -- ARGV  1 incarnation  2 closing (no KEYS, as in register)  3 items n
---       n x (job id, kind 'outcome'|'failed'|'released', ref, request id, payload,
+--       n x (job id, kind 'outcome'|'failed'|'released'|'handoff', ref, request id, payload,
 --            checkpoint or '')
---       payload: the outcome, or the failed attempt
+--       payload: the outcome, the failed attempt, or what a prefill stage hands over
 -- Returns one answer per item: 'ok', or 'lost' when this attempt is not (or no longer) held here;
 -- error FENCED as in report. Accepted only from the current (incarnation, attempt): the claimed
 -- entry names both, and removing it is what entitles the effect.

@@ -38,6 +38,7 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local moved = {'ok'}
 local mine = string.match(KEYS[6], '^rq:queue:(.*)$') .. '--'
+-- A decode stage that was claimed may have taken what was handed over to it; one that waits has not.
 local function move(id, is_claimed)
   if string.sub(id, 1, #mine) ~= mine then return end
   local job = 'rq:job:' .. id
@@ -61,6 +62,7 @@ local function move(id, is_claimed)
   end
   redis.call('HSET', ARGV[3] .. 'pending:' .. ref, 'ref', ref, 'status', 'scheduled', 'excluded', excluded, 'cause', ARGV[7],
     'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
+  if is_claimed then redis.call('HDEL', ARGV[3] .. 'pending:' .. ref, 'transfer') end
   redis.call('ZADD', KEYS[3], now, ref)
   moved[#moved + 1] = ref
 end
@@ -82,7 +84,7 @@ if ARGV[5] == 'fence' then
     move(id, true)
   end
   for _, member in ipairs(redis.call('ZRANGE', KEYS[8], 0, -1)) do
-    move(string.match(member, '^(.*):[^:]*$') or member)
+    move(string.match(member, '^(.*):[^:]*$') or member, true)
     redis.call('ZREM', KEYS[8], member)
   end
 elseif ARGV[5] == 'queued' then

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
--- Put failed or released attempts back to `pending`, as the retry decision said.
+-- Put attempts that ended without an outcome back to `pending`: failed and released ones as the retry decision said,
+-- prefill stages with what they hand over to the decode stage.
 -- KEYS  1 epoch  2 generation  3 pending  4 closing
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 now (ISO 8601, for RQ)  5 items n
 --       n x (closing entry id, job id, ref, not-before epoch ms, failures, excluded nodes, crashed nodes, cause,
---            failed attempt in JSON, text for RQ's failed registry or '')
+--            failed attempt in JSON or '', text for RQ's failed registry or '', hand-off or '')
 -- The job's field `attempts` keeps the newest eight failed attempts, one line each.
 -- Returns {the generation's counter, one answer per item, job keys dropped for their type}: 'ok', 'already' (the closing entry is gone), 'missing' (no job hash:
 -- the entry stays, so that the request is not forgotten).
@@ -50,7 +51,8 @@ for i = 1, tonumber(ARGV[5]) do
   local entry, job, ref = ARGV[at], ARGV[at + 1], ARGV[at + 2]
   local not_before, failures, excluded, crashed = ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6]
   local cause, attempt, error = ARGV[at + 7], ARGV[at + 8], ARGV[at + 9]
-  at = at + 10
+  local handoff = ARGV[at + 10]
+  at = at + 11
   tidy('rq:job:' .. job, 'HGET', 'rq:job:' .. job, '')
   if #redis.call('XRANGE', KEYS[4], entry, entry) == 0 then
     answers[i] = 'already'
@@ -65,6 +67,7 @@ for i = 1, tonumber(ARGV[5]) do
     for line in string.gmatch(lines, '[^\n]+') do attempts[#attempts + 1] = line end
     redis.call('HSET', key, 'status', 'scheduled', 'failures', failures, 'excluded', excluded, 'crashed', crashed,
       'cause', cause, 'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
+    if handoff ~= '' then redis.call('HSET', key, 'transfer', handoff) else redis.call('HDEL', key, 'transfer') end
     redis.call('ZADD', KEYS[3], not_before, ref)
     if error ~= '' then
       record_failure(job, error, ARGV[4], redis.call('HMGET', key, 'created_at', 'enqueued_at', 'started_at'))
