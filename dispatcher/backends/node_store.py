@@ -64,7 +64,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """One attempt that ended: kind is outcome, failed, released or handoff. `checkpoint` is the next one's."""
+    """One attempt that ended: kind is outcome, failed, released or handoff; `checkpoint` for the next one."""
 
     job: str
     kind: str

@@ -153,8 +153,8 @@ class Plan:
         """The workload in words."""
         faster = f", {1 / self.time_scale:g} times as fast as they would run" if self.time_scale != 1 else ""
         return (
-            f"{len(self.trace)} requests of the conversation trace over {self.nodes} simulated engines{self.split} "
-            f"({self.profile.name}{faster}).\n"
+            f"{len(self.trace)} requests of the conversation trace over {self.nodes} simulated engines"
+            f"{self.split} ({self.profile.name}{faster}).\n"
             f"  Load {self.load:g} of the {self.carried_per_s:.1f} requests/s that 'random' can carry there; "
             f"caches hold {self.profile.kv_tokens * self.caches / self.working_set_tokens:.2f} times the "
             f"{self.working_set_tokens / 1e6:.1f} M tokens of the working set."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from dispatcher.backends.store_view import StoreView
 from dispatcher.errors import Deposed, Fenced, GenerationLost, StoreFull
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol import codec
+from dispatcher.protocol.handoff import Stage as WorkStage
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import NodeIdentity, NodeReport, Wish
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause
@@ -627,6 +628,7 @@ async def test_assigning_writes_an_rq_job_and_its_marks(stage: Stage) -> None:
         b"envelope": b"envelope 7",
         b"ref": b"i0_7",
         b"hit": b"0",
+        b"stage": b"",
         b"failures": b"0",
         b"excluded": b"",
         b"created_at": NOW_ISO.encode(),
@@ -1678,3 +1680,93 @@ async def test_a_whole_life_leaves_nothing_behind(stage: Stage) -> None:
     ledger = await stage.view.ledger()
     assert (ledger.jobs, ledger.closing_refs, ledger.marks, ledger.above) == ([], [], {"i0": 7}, {"i0": []})
     await check_nothing_leaks(stage)
+
+
+# Prefill and decode stages
+
+
+def handed(entry: bytes, payload: bytes, *, offset: int = 0, n: int = 1) -> RetryItem:
+    """A prefill stage that did its part."""
+    return RetryItem(
+        entry=entry,
+        job=job_id(offset, n=n),
+        not_before_ms=0,
+        failures=0,
+        excluded=(),
+        cause="handoff",
+        handoff=payload,
+    )
+
+
+async def hand_over(stage: Stage, leader: LeaderStore, node: NodeStore) -> None:
+    """Bring the request at offset 0 from its prefill stage to `pending`, with something to go on from."""
+    await assign(leader, replace(item(), stage=WorkStage.PREFILL))
+    (taken,) = await claim(node)
+    assert (taken.stage, taken.handoff) == ("prefill", b"")
+    assert await node.complete("x", [ending(job_id(), "handoff")]) == ["ok"]
+    (entry,), _ = await stage.view.read_closing(b"0-0", block_ms=1, count=10)
+    assert (entry.text("kind"), entry.text("job")) == ("handoff", str(job_id()))
+    assert await leader.retry([handed(entry.id, b"blocks")]) == ["ok"]
+    assert await leader.retry([handed(entry.id, b"blocks")]) == ["already"]
+
+
+@everywhere
+async def test_what_a_prefill_stage_hands_over_is_claimed_with_the_decode_stage(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    await hand_over(stage, leader, node)
+    (pending,) = (await stage.view.ledger()).jobs
+    assert (pending.handoff, pending.cause, pending.failures) == (b"blocks", "handoff", 0)
+    assert not await stage.client.keys("rq:failed:*")
+    decode = replace(item(n=2, from_pending=True), stage=WorkStage.DECODE)
+    assert await assign(leader, decode) == ["ok"]
+    (taken,) = await claim(node, 2)
+    assert (taken.job, taken.stage, taken.handoff) == (str(job_id(n=2)), "decode", b"blocks")
+
+
+@everywhere
+async def test_another_stage_than_decode_forgets_what_was_handed_over(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    await hand_over(stage, leader, node)
+    await assign(leader, item(n=2, from_pending=True))
+    (taken,) = await claim(node, 2)
+    assert (taken.stage, taken.handoff) == ("", b"")
+
+
+@everywhere
+async def test_a_failed_decode_stage_forgets_what_was_handed_over(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    await hand_over(stage, leader, node)
+    await assign(leader, replace(item(n=2, from_pending=True), stage=WorkStage.DECODE))
+    await claim(node, 2)
+    await node.complete("x", [ending(job_id(n=2), "failed")])
+    (entry,), _ = await stage.view.read_closing(b"0-0", block_ms=1, count=10)
+    again = replace(handed(entry.id, b"", n=2), cause="transfer", attempt=b"{}")
+    assert await leader.retry([again]) == ["ok"]
+    (pending,) = (await stage.view.ledger()).jobs
+    assert (pending.handoff, pending.cause) == (b"", "transfer")
+
+
+async def left_by_a_lost_decode_node(stage: Stage, *, has_begun: bool) -> bytes:
+    """What is still handed over once the decode node is fenced."""
+    leader = await stage.lead()
+    node = await stage.join()
+    await hand_over(stage, leader, node)
+    await assign(leader, replace(item(n=2, from_pending=True), stage=WorkStage.DECODE))
+    if has_begun:
+        await claim(node, 2)
+    assert await leader.requeue("n", "fence", "x", "node_lost") == [Ref(Lane.INTERACTIVE, 0, 0)]
+    (pending,) = (await stage.view.ledger()).jobs
+    return pending.handoff
+
+
+@everywhere
+async def test_a_decode_stage_that_had_not_begun_leaves_the_hand_off_to_the_next(stage: Stage) -> None:
+    assert await left_by_a_lost_decode_node(stage, has_begun=False) == b"blocks"
+
+
+@everywhere
+async def test_a_decode_stage_that_had_begun_may_have_taken_the_blocks(stage: Stage) -> None:
+    assert await left_by_a_lost_decode_node(stage, has_begun=True) == b""

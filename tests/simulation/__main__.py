@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print every message and effect")
     parser.add_argument("--logs", action="store_true", help="print the processes' own logs")
     parser.add_argument("--hostile", type=int, default=0, metavar="N", help="append N arbitrary records too")
+    parser.add_argument("--split", action="store_true", help="with prefill and decode nodes")
     parser.add_argument("--bugs", action="store_true", help="plant each known bug and say when it is caught")
     parser.add_argument(
         "--seeds",
@@ -45,7 +46,11 @@ def main() -> int:
     bad = 0
     for seed in options.seeds:
         result = simulate(
-            seed, trace=print if options.trace else None, logs=options.logs, hostile_records=options.hostile
+            seed,
+            trace=print if options.trace else None,
+            logs=options.logs,
+            hostile_records=options.hostile,
+            is_split=options.split,
         )
         bad += bool(result.violations)
         print(

@@ -11,6 +11,7 @@ import pytest
 from tests.support.cluster import simulate
 
 SEEDS = 200
+SPLIT_SEEDS = 60
 LONG_SEEDS = 10_000
 BATCH = 10
 
@@ -25,6 +26,16 @@ def test_nothing_is_lost_and_answered_once(first: int) -> None:
         clients_gone += result.clients_gone
     assert resumed_tokens, "no attempt went on from where another ended"
     assert clients_gone, "no client that left had its requests cancelled"
+
+
+@pytest.mark.parametrize("first", range(0, SPLIT_SEEDS, BATCH))
+def test_nothing_is_lost_between_prefill_and_decode_nodes(first: int) -> None:
+    handed_over = 0
+    for seed in range(first, first + BATCH):
+        result = simulate(seed, is_split=True)
+        assert not result.violations, result.explain() + " (with --split)"
+        handed_over += result.handed_over
+    assert handed_over, "no prompt was computed for another node"
 
 
 @pytest.mark.parametrize("seed", [3, 11])

@@ -20,6 +20,7 @@ from dispatcher.app import Dispatcher
 from dispatcher.client.reader import ReplyReader
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Lane, Names
+from dispatcher.protocol.node import Role
 from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.settings import DispatcherSettings
@@ -50,13 +51,16 @@ DISPATCHER = DispatcherSettings(
     default_deadline_s=300,
 )
 
+HANDED_OVER = {"kind": "handoff", "reason": "prefilled"}
+
 
 @functools.cache
-def _agent_settings(node: str) -> AgentSettings:
+def _agent_settings(node: str, role: Role = Role.FUSED) -> AgentSettings:
     return AgentSettings(
         pool=POOL,
         node=node,
         models=MODEL,
+        role=role,
         max_running=4,
         heartbeat_ttl_s=2.0,
         claim_lease_s=4.0,
@@ -74,6 +78,7 @@ class Outcome:
     log: list[str] = field(default_factory=list)
     outcomes: int = 0
     resumed_tokens: int = 0
+    handed_over: int = 0
     clients_gone: int = 0
     virtual_s: float = 0.0
 
@@ -102,6 +107,7 @@ class Cluster:
     Args:
         nodes: their names; as the seed decides by default.
         faults: only these kinds; all when empty.
+        is_split: every other node computes prompts only, the rest goes on from them.
     """
 
     def __init__(
@@ -114,7 +120,9 @@ class Cluster:
         logs: bool = False,
         hostile_records: int = 0,
         faults: tuple[str, ...] = (),
+        is_split: bool = False,
     ) -> None:
+        self._is_split = is_split
         self._logs = logs
         self._faults = faults
         self._hostile_records = hostile_records
@@ -206,6 +214,11 @@ class Cluster:
         """A new engine for a node's agent."""
         return ScriptedEngine(random.Random(self.rng.random()), failure_share=0.1)
 
+    def _role_of(self, node: str) -> Role:
+        if not self._is_split:
+            return Role.FUSED
+        return Role.DECODE if list(self.nodes).index(node) % 2 else Role.PREFILL
+
     def start_agent(self, node: str) -> None:
         """Start an agent process with its engine."""
         process = self.network.process(f"agent-{node}")
@@ -213,7 +226,7 @@ class Cluster:
         engine = self.engines[node] = self.engine_of(node)
         self._stops[node] = asyncio.Event()
         agent = Agent(
-            _agent_settings(node),
+            _agent_settings(node, self._role_of(node)),
             redis=lambda: self.redis.client(process),
             kafka=self.kafka.clients(process),
             engine=engine,
@@ -287,6 +300,10 @@ class Cluster:
             int(registry.get_sample_value("flexlb_agent_resumed_tokens_total") or 0)
             for registry in self._agents
         )
+        self.result.handed_over = sum(
+            int(registry.get_sample_value("flexlb_agent_endings_total", HANDED_OVER) or 0)
+            for registry in self._agents
+        )
         for process in (*self.processes.values(), *self.leasing.processes):
             for failure in process.failures:
                 self.result.violations.append(f"{process.name} ended by {failure!r}")
@@ -306,17 +323,25 @@ def simulate(
     logs: bool = False,
     hostile_records: int = 0,
     faults: tuple[str, ...] = (),
+    is_split: bool = False,
 ) -> Outcome:
     """Run one seed in virtual time; `logs` lets the processes' own logs through.
 
     Args:
         faults: only these kinds, by the names of `Faults`' methods; all when empty.
         hostile_records: so many records of arbitrary bytes are appended beside the clients' requests.
+        is_split: every other node computes prompts only, the rest goes on from them.
     """
 
     async def main() -> Outcome:
         cluster = Cluster(
-            seed, scripts=scripts, trace=trace, logs=logs, hostile_records=hostile_records, faults=faults
+            seed,
+            scripts=scripts,
+            trace=trace,
+            logs=logs,
+            hostile_records=hostile_records,
+            faults=faults,
+            is_split=is_split,
         )
         return await cluster.run()
 

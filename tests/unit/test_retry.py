@@ -36,6 +36,7 @@ COUNTED = {
     FailureCause.TRUNCATED,
     FailureCause.STALLED,
     FailureCause.REPLY_UNWRITABLE,
+    FailureCause.TRANSFER,
 }
 MOST_AIL = Outage(nodes=4, ailing=3, down=3)
 
