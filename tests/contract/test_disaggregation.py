@@ -139,11 +139,7 @@ async def test_a_request_waits_between_the_stages_while_its_decode_node_is_away(
 async def test_a_loan_ends_with_its_lease() -> None:
     released: list[int] = []
 
-    def release(key: int) -> bool:
-        released.append(key)
-        return True
-
-    lender = Lender("engine", release, lambda _: 0.0)
+    lender = Lender("engine", released.append, lambda _: 0.0)
     params = lender.lend("r", 7, 33, "host", 80, 16)
     assert params["remote_block_ids"] == [[0, 1, 2]]
     assert lender.tokens_of("engine", "r") == 33

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
-from dispatcher.simulation.engine import EngineModel, Made
+from dispatcher.simulation.engine import EngineModel, Made, Pull
 from dispatcher.simulation.kv_cache import CacheEvent
 from dispatcher.simulation.tokens import Answer
 from workers_agent.simulator.engine_metrics import EngineMetrics
-from workers_agent.simulator.wire import Ask, usage_of
+from workers_agent.simulator.wire import Ask, Refusal, usage_of
 
 
 class Reply:
@@ -32,6 +32,7 @@ class Reply:
         self._last_s = [began_s] * ask.sequences
         self._made: list[Made] = []
         self._ready = asyncio.Event()
+        self._refusal: Refusal | None = None
 
     def give(self, one: Made, at_s: float) -> float:
         """Hand over a token; returns when its sequence got the one before, or began."""
@@ -41,11 +42,23 @@ class Reply:
         self._ready.set()
         return before_s
 
+    def fail(self, refusal: Refusal) -> None:
+        """End it: its prompt, computed elsewhere, could not be had."""
+        self._refusal = refusal
+        self._ready.set()
+
     async def next(self) -> list[bytes]:
-        """Wait for tokens; return them as choices of a chunk, one for each sequence that has some."""
+        """Wait for tokens; return them as choices of a chunk, one for each sequence that has some.
+
+        Raises:
+            Refusal: there will be none.
+        """
         if not self._made:
             self._ready.clear()
-            await self._ready.wait()
+            if self._refusal is None:
+                await self._ready.wait()
+            if self._refusal is not None:
+                raise self._refusal
         made, self._made = self._made, []
         self.tokens += len(made)
         if len(made) > 1 and len(self.keys) > 1:
@@ -72,6 +85,7 @@ class Driver:
     Args:
         tell: gets what happened to the cache.
         step_factor: how many times as long as modelled a step takes just now.
+        pull: brings so many tokens of a prompt from the engine that computed it; Refusal when it can't.
     """
 
     def __init__(
@@ -82,12 +96,15 @@ class Driver:
         *,
         tell: Callable[[Iterable[CacheEvent]], None],
         step_factor: Callable[[], float],
+        pull: Callable[[Ask, int], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._scale = time_scale
         self._tell = tell
         self._step_factor = step_factor
+        self._pull = pull
+        self._pulls: set[asyncio.Task[None]] = set()
         self._now_s = 0.0
         self._next_key = 0
         self._replies: dict[int, Reply] = {}
@@ -100,7 +117,7 @@ class Driver:
         """The modelled time."""
         return asyncio.get_running_loop().time() / self._scale if self._scale else self._now_s
 
-    def submit(self, ask: Ask, began_s: float, *, is_kept: bool = False, is_pulled: bool = False) -> Reply:
+    def submit(self, ask: Ask, began_s: float, *, keeps: bool = False, is_remote: bool = False) -> Reply:
         """Queue every sequence of a request that came at `began_s`; as in `EngineModel.submit`."""
         reply = Reply(ask, self._next_key, began_s)
         self._next_key += ask.sequences
@@ -108,20 +125,45 @@ class Driver:
         keys = iter(reply.keys)
         for prompt in ask.prompts:
             for choice, key in enumerate(itertools.islice(keys, ask.n)):
-                output = Answer(prompt, choice).token_id
                 self._engine.submit(
                     key,
                     prompt,
                     ask.max_tokens,
-                    output=output,
+                    output=Answer(prompt, choice).token_id,
                     salt=ask.salt,
-                    is_kept=is_kept,
-                    is_pulled=is_pulled,
+                    keeps=keeps,
+                    is_remote=is_remote,
                 )
                 self._replies[key] = reply
-                self._queued[key] = len(prompt), queued_s
+                if not is_remote:
+                    self._queued[key] = len(prompt), queued_s
         self._arrived.set()
         return reply
+
+    def release(self, key: int) -> None:
+        """Free the blocks that a sequence kept."""
+        self._engine.release(key)
+        self._arrived.set()
+
+    def _begin_pulls(self) -> None:
+        for pull in self._engine.take_pulls():
+            task = asyncio.create_task(self._do_pull(pull))
+            self._pulls.add(task)
+            task.add_done_callback(self._pulls.discard)
+
+    async def _do_pull(self, pull: Pull) -> None:
+        """Have a prompt brought here; one that can't be had ends its reply."""
+        reply = self._replies.get(pull.key)
+        if reply is None:
+            return
+        try:
+            await self._pull(reply.ask, pull.tokens)
+        except Refusal as refusal:
+            self._engine.abort(pull.key)
+            reply.fail(refusal)
+        else:
+            self._engine.pulled(pull.key)
+        self._arrived.set()
 
     def leave(self, reply: Reply) -> None:
         """Forget a reply; what is not finished of it is aborted."""
@@ -156,6 +198,7 @@ class Driver:
             self._now_s = self.clock_s if self._scale or engine.due is None else engine.due
             self._catch_up()
             self._tell_cache()
+            self._begin_pulls()
             if engine.due is None:
                 self._arrived.clear()
                 await self._arrived.wait()

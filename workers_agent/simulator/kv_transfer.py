@@ -8,7 +8,7 @@ its time: the side channel is HTTP on the engine's own port instead of NIXL's ha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -20,10 +20,6 @@ from workers_agent.simulator.wire import Refusal
 PATH = "/sim/kv"
 LEASE_S = 30.0
 """Modelled seconds for which blocks are lent (`kv_lease_duration`)."""
-KV_BYTES_PER_TOKEN = 131_072
-"""Of a Llama-3-8B in bf16: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
-LINK_BYTES_PER_S = 25e9
-"""Half of a 400 Gbit/s link, which NIXL reaches over UCX."""
 SIDE_CHANNEL_TIMEOUT_S = 5.0
 
 
@@ -54,7 +50,7 @@ class Lender:
     """
 
     def __init__(
-        self, engine_id: str, release: Callable[[int], bool], wall_s: Callable[[float], float]
+        self, engine_id: str, release: Callable[[int], None], wall_s: Callable[[float], float]
     ) -> None:
         self._engine_id = engine_id
         self._release = release
@@ -105,9 +101,13 @@ class Lender:
 
 
 async def borrow(
-    session: aiohttp.ClientSession, transfer: KVTransfer, wait: Callable[[float], Any], tokens: int
+    session: aiohttp.ClientSession,
+    transfer: KVTransfer,
+    wait: Callable[[float], Awaitable[None]],
+    prompt_tokens: int,
+    seconds: float,
 ) -> None:
-    """Read the blocks of a prompt of `tokens` from the engine that lends them, and give them back.
+    """Read a prompt's blocks from the engine that lends them, which takes some `seconds`, and give them back.
 
     Args:
         wait: waits so many modelled seconds.
@@ -115,11 +115,7 @@ async def borrow(
     Raises:
         Refusal: 500, the other engine is gone or lends them no more (vLLM's `kv_load_failure_policy=fail`).
     """
-    host, port, request = transfer.remote_host, transfer.remote_port, transfer.remote_request_id
-    if not host or not port or not request:
-        raise Refusal(
-            400, "BadRequestError", "kv_transfer_params: expected remote_host, _port and _request_id"
-        )
+    host, port, request = transfer.remote_host, transfer.remote_port, transfer.remote_request_id or ""
     where = f"http://{host}:{port}{PATH}"
     asked = {"engine": transfer.remote_engine_id or "", "request": request}
     timeout = aiohttp.ClientTimeout(total=SIDE_CHANNEL_TIMEOUT_S)
@@ -130,13 +126,13 @@ async def borrow(
                     500, "InternalServerError", f"KV transfer failed: {where} lends {request} no more"
                 )
             lent = msgspec.json.decode(await response.read(), type=Lent)
-        if lent.tokens != tokens:
+        if lent.tokens != prompt_tokens:
             raise Refusal(
                 500,
                 "InternalServerError",
-                f"KV transfer failed: expected {tokens} tokens, seen {lent.tokens}",
+                f"KV transfer failed: expected {prompt_tokens} tokens, seen {lent.tokens}",
             )
-        await wait(tokens * KV_BYTES_PER_TOKEN / LINK_BYTES_PER_S)
+        await wait(seconds)
         async with session.delete(where, params=asked, timeout=timeout):
             pass
     except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:

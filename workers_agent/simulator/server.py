@@ -22,6 +22,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from dispatcher.simulation.engine import EngineModel
+from dispatcher.simulation.handover import HOP_S, LINK_BYTES_PER_S
 from dispatcher.simulation.kv_cache import CacheEvent
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
@@ -87,6 +88,7 @@ class Simulator:
             settings.time_scale,
             tell=self._publish,
             step_factor=lambda: self._faults.faults.step_factor,
+            pull=self._pull,
         )
         self._crash = crash
         self._requests = 0
@@ -95,7 +97,7 @@ class Simulator:
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ("127.0.0.1", 0)
         self._session: aiohttp.ClientSession | None = None
-        self.lender = Lender(uuid.uuid4().hex, self.engine.release, self._driver.wall_s)
+        self.lender = Lender(uuid.uuid4().hex, self._driver.release, self._driver.wall_s)
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Serve; return the base address.
@@ -238,15 +240,12 @@ class Simulator:
             return _refuse(refusal)
         if self.settings.profile.request_s:
             await self._driver.wait_until(began_s + self.settings.profile.request_s)
-        transfer = msgspec.convert(ask.kv_transfer or {}, KVTransfer)
-        try:
-            if transfer.do_remote_prefill:
-                assert self._session is not None
-                await borrow(self._session, transfer, self._driver.wait, len(ask.prompts[0]))
-        except Refusal as refusal:
-            return _refuse(refusal)
+        transfer = ask.kv_transfer or {}
         reply = self._driver.submit(
-            ask, began_s, is_kept=transfer.do_remote_decode, is_pulled=transfer.do_remote_prefill
+            ask,
+            began_s,
+            keeps=bool(transfer.get("do_remote_decode")),
+            is_remote=bool(transfer.get("do_remote_prefill")),
         )
         try:
             if ask.stream:
@@ -285,6 +284,12 @@ class Simulator:
             raise Refusal(400, "BadRequestError", f"kv_transfer_params: {error}") from None
         if (transfer.do_remote_decode or transfer.do_remote_prefill) and ask.sequences != 1:
             raise Refusal(400, "BadRequestError", "kv_transfer_params: expected one prompt and one choice")
+        if transfer.do_remote_prefill and not (
+            transfer.remote_host and transfer.remote_port and transfer.remote_request_id
+        ):
+            raise Refusal(
+                400, "BadRequestError", "do_remote_prefill: expected remote_host, _port and _request_id"
+            )
         if transfer.do_remote_decode and (ask.stream or ask.max_tokens != 1):
             raise Refusal(400, "BadRequestError", "do_remote_decode: expected one token, not streamed")
 
@@ -296,9 +301,12 @@ class Simulator:
         ask = reply.ask
         while reply.tokens < ask.tokens:
             is_first = not reply.tokens
-            choices = await self._next(request, reply, fault)
+            died = Refusal(500, "InternalServerError", "engine died on purpose, as --fail-rate asks")
+            try:
+                choices = await self._next(request, reply, fault)
+            except Refusal as refusal:
+                died, choices = refusal, None
             if choices is None:
-                died = Refusal(500, "InternalServerError", "engine died on purpose, as --fail-rate asks")
                 await response.write(event_of(msgspec.json.encode(error_of(died))) + DONE)
                 return response
             usage = reply.usage() if ask.continuous_usage else None
@@ -311,8 +319,11 @@ class Simulator:
     async def _whole(self, request: web.Request, reply: Reply, fault: Fault) -> web.Response:
         ask = reply.ask
         while reply.tokens < ask.tokens:
-            if await self._next(request, reply, fault) is None:
-                await _break_off(request, Fault.CUT)
+            try:
+                if await self._next(request, reply, fault) is None:
+                    await _break_off(request, Fault.CUT)
+            except Refusal as refusal:
+                return _refuse(refusal)
         choices = [ask.choice(index, ids, is_first=True, is_last=True) for index, ids in enumerate(reply.ids)]
         body = ask.frame(choices, reply.usage(), is_first=True, kv_transfer=self._lent(reply))
         return web.Response(body=body, content_type="application/json")
@@ -324,6 +335,12 @@ class Simulator:
             return None
         block = self.settings.profile.block_tokens
         return self.lender.lend(ask.id, reply.keys[0], len(ask.prompts[0]), *self._address, block)
+
+    async def _pull(self, ask: Ask, tokens: int) -> None:
+        assert self._session is not None
+        transfer = msgspec.convert(ask.kv_transfer, KVTransfer)
+        seconds = HOP_S + tokens * self.settings.profile.kv_token_bytes / LINK_BYTES_PER_S
+        await borrow(self._session, transfer, self._driver.wait, len(ask.prompts[0]), seconds)
 
     async def _lend(self, request: web.Request) -> web.Response:
         asked = request.query
