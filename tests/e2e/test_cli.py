@@ -152,6 +152,26 @@ async def test_demo_is_clean(tmp_path: Path, kills: list[str]) -> None:
 
 
 @pytest.mark.kafka
+@pytest.mark.timeout(180)
+async def test_demo_of_prefill_and_decode_nodes_is_clean_when_broken(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    flags = ["--prefill", "2", "--decode", "2", "--kill", "engine", "--kill", "dispatcher", "--kill", "agent"]
+    code, out, err = await flexlb("demo", "--requests", "120", "--json", str(report), *flags, timeout_s=170)
+    assert code == 0, out + err
+    found = json.loads(report.read_text())
+    assert (found["lost"], found["duplicated"], found["outcomes"]) == (0, 0, {"Completed": 120})
+    assert "2 for prompts and 2 for answers" in err
+    assert set(found["per_node"]) >= {"node-3", "node-4"}
+
+
+async def test_nodes_are_either_alike_or_split() -> None:
+    for flags in (["--prefill", "2"], ["--prefill", "2", "--decode", "1", "--nodes", "3"]):
+        code, _, err = await flexlb("up", *flags)
+        assert code == 2
+        assert "--prefill P and --decode D" in err
+
+
+@pytest.mark.kafka
 @pytest.mark.timeout(120)
 async def test_up_is_ready_serves_a_request_and_leaves_nothing(tmp_path: Path) -> None:
     if (reason := why_no_kafka()) is not None:
