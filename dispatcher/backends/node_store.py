@@ -64,7 +64,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """One attempt that ended: kind is outcome, failed, released or handoff; `checkpoint` for the next one."""
+    """One attempt that ended: kind is outcome, failed, released or handoff; `checkpoint`: for the next."""
 
     job: str
     kind: str

@@ -45,6 +45,7 @@ def waiting_from(job: StoredJob) -> Waiting:
         failures=job.failures,
         excluded=job.excluded,
         crashed=job.crashed,
+        handoff=codec.decode_handoff(job.handoff),
     )
 
 

@@ -285,20 +285,7 @@ class Recovery:
                 number=job.number,
             )
             return
-<<<<<<< HEAD
         state.delay(waiting_from(job), job.not_before_ms, is_paid=_is_paid(job.cause))
-=======
-        waiting = Waiting(
-            ref=Ref.parse(job.ref),
-            envelope=envelope,
-            from_pending=True,
-            failures=job.failures,
-            excluded=job.excluded,
-            crashed=job.crashed,
-            handoff=codec.decode_handoff(job.handoff),
-        )
-        state.delay(waiting, job.not_before_ms, is_paid=_is_paid(job.cause))
->>>>>>> 3015e7a (Prefill and decode nodes: a request in two stages, bound late)
 
     async def _rebuild(
         self, marks: Mapping[str, int], floor: Mapping[str, int], *, fresh: bool

@@ -389,21 +389,7 @@ class Guard:
                 self._state.enter(waiting_from(job))
             except codec.MalformedRecord:
                 continue
-<<<<<<< HEAD
             unread.discard(job.ref)
         for ref in sorted(unread):
             self._state.log.error("pending job can't be read, to be written anew", ref=ref)
             self._state.note_misread(Placed(ref=Ref.parse(ref), job=None))
-=======
-            self._state.enter(
-                Waiting(
-                    ref=Ref.parse(job.ref),
-                    envelope=envelope,
-                    from_pending=True,
-                    failures=job.failures,
-                    excluded=job.excluded,
-                    crashed=job.crashed,
-                    handoff=codec.decode_handoff(job.handoff),
-                )
-            )
->>>>>>> 3015e7a (Prefill and decode nodes: a request in two stages, bound late)
