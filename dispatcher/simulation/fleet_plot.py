@@ -80,6 +80,10 @@ def plot(report: Report, path: Path, title: str) -> None:
         axis.grid(alpha=0.3, which="both" if panel.is_logarithmic else "major")
         if panel.is_logarithmic:
             axis.set_yscale("log")
+        else:
+            # Bands of a few seeds reach where no share can be.
+            top = max(panel.value(run) for run in report.runs)
+            axis.set_ylim(0, 1.08 * top or 1)
     axes.flat[ATTAINMENT].axhline(100 * ATTAINED, color="black", linestyle=":")
     axes.flat[ATTAINMENT].legend(fontsize="small", loc="lower left")
     figure.suptitle(title)

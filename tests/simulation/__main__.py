@@ -38,7 +38,10 @@ def main() -> int:
             print(line, flush=True)
         return 0
     if options.many:
-        return report(run_many(options.many, jobs=options.jobs, hostile_records=options.hostile))
+        many = run_many(
+            options.many, jobs=options.jobs, hostile_records=options.hostile, is_split=options.split
+        )
+        return report(many)
     if not options.seeds:
         parser.error("expected seeds, --seeds FROM-TO or --bugs, seen none")
     if options.logs:

@@ -38,7 +38,9 @@ class Progress:
         )
 
 
-def run_many(seeds: Sequence[int], *, jobs: int, hostile_records: int = 0) -> Iterator[Progress]:
+def run_many(
+    seeds: Sequence[int], *, jobs: int, hostile_records: int = 0, is_split: bool = False
+) -> Iterator[Progress]:
     """Run all of the seeds in so many processes; tells of each as it ends, in no order."""
     # No fork: a child would inherit what the parent's threads hold.
     context = multiprocessing.get_context("spawn")
@@ -46,7 +48,7 @@ def run_many(seeds: Sequence[int], *, jobs: int, hostile_records: int = 0) -> It
     bad = 0
     spent_s = 0.0
     with context.Pool(jobs) as pool:
-        run = partial(_run, hostile_records)
+        run = partial(_run, hostile_records, is_split)
         for done, (outcome, cpu_s) in enumerate(pool.imap_unordered(run, seeds, chunksize=SHARE), 1):
             bad += bool(outcome.violations)
             spent_s += cpu_s
@@ -60,9 +62,9 @@ def run_many(seeds: Sequence[int], *, jobs: int, hostile_records: int = 0) -> It
             )
 
 
-def _run(hostile_records: int, seed: int) -> tuple[Outcome, float]:
+def _run(hostile_records: int, is_split: bool, seed: int) -> tuple[Outcome, float]:
     began_s = time.process_time()
-    outcome = simulate(seed, hostile_records=hostile_records)
+    outcome = simulate(seed, hostile_records=hostile_records, is_split=is_split)
     return outcome, time.process_time() - began_s
 
 
