@@ -22,7 +22,7 @@ from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, check
+from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, router_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
 
@@ -151,9 +151,9 @@ def _slow(text: str) -> tuple[float, float]:
 async def run_simulate(options: argparse.Namespace) -> int:
     """Simulate and print."""
     nodes, decode = nodes_of(options.nodes, options.prefill, options.decode)
-    policies: Sequence[str] = tuple(dict.fromkeys(options.policy or (BY_NAME if decode else EVERY)))
+    policies: Sequence[str] = tuple(dict.fromkeys(options.policy or EVERY))
     for policy in policies:
-        check(policy, is_apart=decode > 0)
+        router_of(policy)
     if options.plot is not None:
         plotting()
     profile = PROFILES[options.profile]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from random import Random
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
@@ -60,6 +60,9 @@ class Router(Protocol):
     def arrive(self, arrival: Arrival) -> None:
         """Take a request."""
 
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """A prefill node has a request's prompt computed: hand it over to a decode node, now or later."""
+
     def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
         """A request's first token was made where its answer is."""
 
@@ -77,14 +80,6 @@ class Router(Protocol):
         """Whether `blocks_changed` is to be called."""
 
 
-@runtime_checkable
-class HandingRouter(Router, Protocol):
-    """A router for fleets where prefill and decode are apart."""
-
-    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
-        """A prefill node has a request's prompt computed: hand it over to a decode node, now or later."""
-
-
 class FleetSimulation:
     """`nodes` engines, one router, one workload at `rate` times its own pace.
 
@@ -92,7 +87,7 @@ class FleetSimulation:
         decode: so many of the nodes, the last ones, are decode nodes and all others prefill nodes; 0 where
             every node does both.
     Raises:
-        ValueError: as many decode nodes as nodes, or a router that hands nothing over to them.
+        ValueError: as many decode nodes as nodes.
         profile: of a nominal node, with blocks of the workload's size (`coarse`); what routers may know.
         conditions: what is amiss, nothing when absent.
     """
@@ -127,7 +122,6 @@ class FleetSimulation:
         self.unfinished = workload.requests
         self.workload = workload
         self._router = router
-        self._handing = _handing(router) if decode else None
         self._rate = rate
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._numbers = 0
@@ -241,8 +235,7 @@ class FleetSimulation:
             self._cached += cached_tokens
         self._handover.hold(arrival.number, node, self.now_s)
         self.call_at(self.now_s + LEASE_S, self._expire, arrival.number, self.now_s)
-        assert self._handing is not None, "only fleets that are apart have prefill nodes"
-        self._handing.prefilled(arrival, node, cached_tokens)
+        self._router.prefilled(arrival, node, cached_tokens)
 
     def _expire(self, number: int, since_s: float) -> None:
         self._release(number, self._handover.expire(number, since_s))
@@ -339,9 +332,3 @@ class FleetSimulation:
         if place + 1 < len(session):
             pause_s = session[place + 1].pause_s / self._rate
             self.call_at(self.now_s + pause_s, self._arrive, session, place + 1, arrival.session)
-
-
-def _handing(router: Router) -> HandingRouter:
-    if not isinstance(router, HandingRouter):
-        raise ValueError(f"router: expected one that hands prompts over, seen {type(router).__name__}")
-    return router

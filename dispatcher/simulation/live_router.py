@@ -3,6 +3,9 @@
 Only what surrounds them is modelled: how long records, assignments, reports and block events travel
 (`LiveTiming`), and an agent's side of a node: it claims while it has slots, reports what it holds at once but
 no faster than its interval, and measures prefills from first tokens. Nothing is shed, nothing fails.
+
+Where prefill and decode are apart a computed prompt's request comes back to the window with its hand-off, and
+is bound to a decode node then; the scheduler may also have a decode node make all of a request.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.clock import Clock
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.handoff import KV_LEASE_MS, Handoff, Stage
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
-from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport
+from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport, Role
 from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.fleet import Fleet, NodeState
 from dispatcher.scheduling.prefix_index import PrefixIndex
@@ -30,6 +35,8 @@ from dispatcher.telemetry.metrics import DispatcherMetrics
 
 MODEL = "sim"
 DEADLINE_MS = 600_000
+HELD = msgspec.Raw(b"{}")
+"""Parameters of an engine that holds a prompt: what they say is nobody's business but the other engine's."""
 SAME_STEP_S = 0.001
 """First tokens this close came from one step: nothing can be told of their prefills (the agent's rule)."""
 
@@ -43,9 +50,9 @@ class LiveTiming:
 
     `intake_s` from a client to the window, `assign_s` from a choice to the agent's hands, `report_s` from an
     agent to the leader's fleet, `blocks_s` from a cache's change to the index, `outcome_s` from an answer's
-    end to the leader's ledger. An agent reports no faster than each `report_interval_s` (for a large fleet
-    nodes / 5,000 s), and each `heartbeat_s` while it holds something; KV use is `heartbeat_s` old at most.
-    Rounds of choices are `round_s` apart at least.
+    end to the leader's ledger, `handoff_s` from a computed prompt back to the window. An agent reports no
+    faster than each `report_interval_s` (for a large fleet nodes / 5,000 s), and each `heartbeat_s` while it
+    holds something; KV use is `heartbeat_s` old at most. Rounds of choices are `round_s` apart at least.
     """
 
     intake_s: float = 0.004
@@ -54,6 +61,7 @@ class LiveTiming:
     report_interval_s: float = 0.02
     blocks_s: float = 0.022
     outcome_s: float = 0.008
+    handoff_s: float = 0.005
     heartbeat_s: float = 1.0
     round_s: float = 0.001
     batch: int = 128
@@ -66,6 +74,7 @@ class _Held:
     queued_tokens: int
     cost_tokens: int
     submitted_s: float
+    stage: Stage
     prefill_s: float = 0.0
     cached_tokens: int = 0
 
@@ -76,7 +85,7 @@ class _Agent:
 
     state: NodeState
     max_running: int
-    queue: deque[tuple[Arrival, int, int, int]] = field(default_factory=deque)
+    queue: deque[tuple[Arrival, int, int, int, Stage]] = field(default_factory=deque)
     held: dict[int, _Held] = field(default_factory=dict)
     assigned: int = 0
     seen: int = 0
@@ -151,6 +160,7 @@ class LiveRouter:
             identity = NodeIdentity(
                 node=f"n{number}",
                 incarnation="1",
+                role=_role(fleet, number),
                 models=(MODEL,),
                 max_running=profile.max_running,
                 max_model_len=profile.kv_tokens,
@@ -217,11 +227,18 @@ class LiveRouter:
                 break
             waiting, choice = found
             name = choice.node.name
-            job = JobId(state.names.pool, name, waiting.ref, Attempt(1, 1))
+            is_decode = choice.stage is Stage.DECODE
+            job = JobId(state.names.pool, name, waiting.ref, Attempt(1, 2 if is_decode else 1))
             state.bind(
                 waiting.envelope.ref,
                 Bound(
-                    envelope=waiting.envelope, job=job, failures=0, excluded=(), hit_tokens=choice.hit_tokens
+                    envelope=waiting.envelope,
+                    job=job,
+                    failures=0,
+                    excluded=(),
+                    hit_tokens=choice.hit_tokens,
+                    stage=choice.stage,
+                    handoff=waiting.handoff if is_decode else None,
                 ),
                 uncached_tokens=choice.uncached_tokens,
                 prefill_s=choice.prefill_s,
@@ -235,6 +252,7 @@ class LiveRouter:
                 self._numbers[name],
                 agent.assigned,
                 choice.uncached_tokens,
+                choice.stage,
             )
             bound += 1
         state.window.end_round(round)
@@ -243,23 +261,31 @@ class LiveRouter:
 
     # The agents
 
-    def _assigned(self, envelope: Envelope, node: int, number: int, uncached_tokens: int) -> None:
+    def _assigned(
+        self, envelope: Envelope, node: int, number: int, uncached_tokens: int, stage: Stage
+    ) -> None:
         agent = self._agents[node]
         self.state.fleet.note_number(agent.state.name, envelope.ref, number)
         arrival = self._arrivals[envelope.ref]
-        agent.queue.append((arrival, number, uncached_tokens, envelope.cost_tokens))
+        agent.queue.append((arrival, number, uncached_tokens, envelope.cost_tokens, stage))
         self._claim(node)
 
     def _claim(self, node: int) -> None:
         agent = self._agents[node]
         while agent.queue and len(agent.held) < agent.max_running:
-            arrival, number, uncached_tokens, cost_tokens = agent.queue.popleft()
+            arrival, number, uncached_tokens, cost_tokens, stage = agent.queue.popleft()
             agent.held[arrival.number] = _Held(
-                queued_tokens=uncached_tokens, cost_tokens=cost_tokens, submitted_s=self._sim.now_s
+                queued_tokens=uncached_tokens,
+                cost_tokens=cost_tokens,
+                submitted_s=self._sim.now_s,
+                stage=stage,
             )
             agent.seen = max(agent.seen, number)
             self._changed(node)
-            self._sim.send(arrival, node)
+            if stage is Stage.DECODE:
+                self._sim.hand_over(arrival, node)
+            else:
+                self._sim.send(arrival, node)
 
     def _changed(self, node: int) -> None:
         agent = self._agents[node]
@@ -305,18 +331,47 @@ class LiveRouter:
         node.hear(report, 0.0, self._sim.now_s)
         self._wake()
 
+    def prefilled(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
+        """Measure the prefill, give the slot back, and let the leader bind the request to a decode node."""
+        self._measure(arrival, node, cached_tokens)
+        agent = self._agents[node]
+        held = agent.held.pop(arrival.number)
+        self._changed(node)
+        self._claim(node)
+        handoff = Handoff(
+            node=agent.state.name,
+            kv_transfer_params=HELD,
+            expires_ms=self.state.clock.now_ms() + KV_LEASE_MS,
+            prompt_tokens=arrival.prompt_tokens,
+            cached_tokens=cached_tokens,
+        )
+        self._sim.call_at(
+            self._sim.now_s + self._timing.handoff_s, self._handed_off, arrival, node, held, handoff
+        )
+
+    def _handed_off(self, arrival: Arrival, node: int, held: _Held, handoff: Handoff) -> None:
+        ref = Ref(Lane.INTERACTIVE, 0, arrival.number)
+        bound = self.state.unbind(str(ref))
+        assert bound is not None, "a prompt was computed where its request was bound"
+        self._learn(arrival, node, held)
+        self.state.enter(Waiting(ref=ref, envelope=bound.envelope, from_pending=True, handoff=handoff))
+        self._wake()
+
     def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
         """Measure the prefill as the agent does, and report."""
+        self._measure(arrival, node, cached_tokens)
+        self._changed(node)
+
+    def _measure(self, arrival: Arrival, node: int, cached_tokens: int) -> None:
         agent, now_s = self._agents[node], self._sim.now_s
         held = agent.held[arrival.number]
         held.queued_tokens, held.cached_tokens = 0, cached_tokens
         if now_s - agent.last_token_s < SAME_STEP_S:
             if agent.last_token is not None:
                 agent.last_token.prefill_s = 0.0
-        else:
+        elif held.stage is not Stage.DECODE:
             held.prefill_s = now_s - max(held.submitted_s, agent.last_token_s)
         agent.last_token_s, agent.last_token = now_s, held
-        self._changed(node)
 
     def finished(self, arrival: Arrival, node: int) -> None:
         """Give the slot back; the leader hears of it with the outcome."""
@@ -332,12 +387,15 @@ class LiveRouter:
         self.state.forget(ref)
         del self._arrivals[ref]
         self._agents[node].state.answers.observe(arrival.output_tokens)
+        self._learn(arrival, node, held)
+        self._wake()
+
+    def _learn(self, arrival: Arrival, node: int, held: _Held) -> None:
         if held.prefill_s:
             predictor = self._agents[node].state.predictor
             predictor.observe(arrival.prompt_tokens - held.cached_tokens, held.cached_tokens, held.prefill_s)
             if self._knows_speeds:
                 predictor.scale = self._scales[node]
-        self._wake()
 
     # Cache views
 
@@ -359,3 +417,9 @@ class LiveRouter:
             self.state.index.store(name, Medium.GPU, stored)
         if removed:
             self.state.index.remove(name, Medium.GPU, removed)
+
+
+def _role(fleet: FleetSimulation, node: int) -> Role:
+    if node in fleet.prefill_nodes:
+        return Role.PREFILL
+    return Role.DECODE if node in fleet.decode_nodes else Role.FUSED

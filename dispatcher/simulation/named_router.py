@@ -9,7 +9,7 @@ from typing import Any
 from dispatcher.errors import SettingsError
 from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.policies import POLICIES
-from dispatcher.simulation.fleet import HandingRouter, Router
+from dispatcher.simulation.fleet import Router
 from dispatcher.simulation.live_router import LiveRouter
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.policy_router import PolicyRouter
@@ -53,22 +53,6 @@ def oracle_of(name: str) -> str | None:
     if base != OURS or rest in POLICIES:
         return None
     return f"{name},knows_speeds=True" if rest else ORACLE
-
-
-def check(name: str, *, is_apart: bool) -> None:
-    """Whether a `--policy` can be simulated.
-
-    Args:
-        is_apart: on a fleet of prefill and decode nodes.
-    Raises:
-        SettingsError: as `router_of`, or it has no way to choose decode nodes.
-    """
-    router = router_of(name)()
-    if is_apart and not isinstance(router, HandingRouter):
-        raise SettingsError(
-            f"--policy {name}: expected one that hands prompts over to decode nodes, seen none that does; "
-            f"with --prefill and --decode name some of {', '.join(BY_NAME)}"
-        )
 
 
 def _constants(name: str, text: str) -> dict[str, Any]:

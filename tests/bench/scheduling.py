@@ -27,7 +27,7 @@ from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import FleetWorkload, workloads_of
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.knee import told
-from dispatcher.simulation.named_router import OURS, check, oracle_of
+from dispatcher.simulation.named_router import OURS, oracle_of, router_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     fleets = [nodes_of(nodes, options.prefill, options.decode) for nodes in options.nodes or (None,)]
     for policy in (plan.ours, *plan.baselines):
-        check(policy, is_apart=any(decode for _, decode in fleets))
+        router_of(policy)
     result = Result(
         bench="scheduling", machine=describe_machine(), objectives=str(Objectives()), comparisons=[]
     )

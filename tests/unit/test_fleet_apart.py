@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 import pytest
 
+from dispatcher.protocol.handoff import Stage
 from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
 from dispatcher.simulation.handover import HOP_S, LEASE_S, LINK_BYTES_PER_S, Handover
-from dispatcher.simulation.live_router import LiveRouter
+from dispatcher.simulation.live_router import LiveRouter, LiveTiming
 from dispatcher.simulation.policies import BY_NAME, Arrival, Policy, World
 from dispatcher.simulation.policies.llmd_weighted import LLMDWeighted
 from dispatcher.simulation.policy_router import PolicyRouter
@@ -273,10 +274,62 @@ def test_every_policy_of_the_field_says_what_chooses_its_decode_nodes() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("router", "decode", "said"),
-    [(LiveRouter, 1, "hands prompts over"), (round_robin, 2, "decode: expected 0 to 1")],
-)
-def test_fleets_that_cannot_be_are_refused(router: Callable[[], Router], decode: int, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        FleetSimulation(stems(1), router(), nodes=2, decode=decode, profile=TEST, rate=1.0, seed=1)
+def test_a_fleet_has_a_prefill_node() -> None:
+    with pytest.raises(ValueError, match="decode: expected 0 to 1"):
+        FleetSimulation(stems(1), round_robin(), nodes=2, decode=2, profile=TEST, rate=1.0, seed=1)
+
+
+def test_ours_binds_a_decode_node_when_the_prompt_is_computed() -> None:
+    timing = LiveTiming()
+    ours = LiveRouter("round_robin", timing=timing)
+    fleet = fleet_of(turns((0.0, 1_000, ())), ours, prefill=2, decode=2)
+    bound: list[tuple[str, Stage]] = []
+    fleet.call_at(0.05, lambda: bound.extend((one.job.node, one.stage) for one in ours.state.bound.values()))
+    fleet.call_at(0.15, lambda: bound.extend((one.job.node, one.stage) for one in ours.state.bound.values()))
+    result = fleet.run()
+    ways_s = timing.intake_s + timing.assign_s + timing.handoff_s + timing.assign_s
+    first_s = TEST.step_s(1_000, 0, 0, 0, 0) + HOP_S + 1_000 * TOKEN_S + TEST.step_s(0, 0, 0, 1, 999)
+    assert result.ttft_s[0] == pytest.approx(ways_s + first_s)
+    (prefill, is_prefill), (decode, is_decode) = bound
+    assert (is_prefill, is_decode) == (Stage.PREFILL, Stage.DECODE)
+    assert prefill in {"n0", "n1"}
+    assert decode in {"n2", "n3"}
+
+
+@pytest.mark.parametrize("policy", ["prefill_cost", "random", "shortest_ttft", "least_outstanding_tokens"])
+def test_the_live_policies_answer_everything_the_same_each_time(policy: str) -> None:
+    def run() -> tuple[FleetResult, FleetSimulation, LiveRouter]:
+        router = LiveRouter(policy)
+        fleet = fleet_of(stems(), router, prefill=4, decode=3)
+        return fleet.run(), fleet, router
+
+    (result, fleet, router), (again, _, _) = run(), run()
+    assert 0.1 < max(result.ttft_s) < 60
+    assert result.ttft_s == again.ttft_s
+    assert min(result.busy_s) > 0
+    assert [engine.cache.used for engine in fleet.engines] == [0] * 7
+    assert not len(router.state.window)
+    # The outcomes of the very last answers are still on their way.
+    assert len(router.state.bound) <= 20
+
+
+def test_what_waits_too_long_for_a_decode_node_is_computed_again() -> None:
+    ours = LiveRouter("round_robin")
+    profile = replace(TEST, max_running=1, decode_sequence_s=0.1)
+    prompts = [(at_s, 6 * BLOCK, ()) for at_s in (0.0, 0.5, 1.0)]
+    workload = turns(*prompts, output_tokens=500)
+    fleet = FleetSimulation(workload, ours, nodes=3, decode=1, profile=profile, rate=1.0, seed=1)
+    bound: list[int] = []
+    fleet.call_at(40.0, lambda: bound.append(len(ours.state.bound)))
+    result = fleet.run()
+    prefill_s = TEST.step_s(6 * BLOCK, 0, 0, 0, 0)
+    token_s = profile.step_s(0, 0, 0, 1, 0)
+    # The decode node has one that runs, 54 s long, and one in its queue; the third waits in the window. Its
+    # hand-off is good for 20 s: at about 21 and 41 s its prompt is computed again, by another node and by the
+    # first one, which still has all but its last block.
+    assert bound == [2]
+    again_s = TEST.step_s(BLOCK, 0, 0, 0, 0)
+    assert sum(result.busy_s[:2]) == pytest.approx(4 * prefill_s + again_s)
+    # The prompts of the second and third are held for 30 s, less than they wait in the queue.
+    assert result.busy_s[2] == pytest.approx(1_498 * token_s + 2 * prefill_s)
+    assert [engine.cache.used for engine in fleet.engines] == [0, 0, 0]

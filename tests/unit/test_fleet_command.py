@@ -26,7 +26,7 @@ from dispatcher.simulation.fleet_report import (
     times_ms,
 )
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.named_router import check, oracle_of
+from dispatcher.simulation.named_router import oracle_of, router_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
 from tests.support.told_run import told_run
@@ -191,10 +191,10 @@ def test_load_is_told_within_each_role() -> None:
     assert (told.prefill, told.decode, told.load_max_over_mean, told.busy) == (2, 2, 1.5, 0.5)
 
 
-def test_every_policy_of_the_field_is_simulated_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_policy_is_simulated_apart_when_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--requests", "20", "--prefill", "2", "--decode", "1", "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1 : lines.index("")]] == list(BY_NAME)
+    assert [line.split()[0] for line in lines[1 : lines.index("")]] == ["flexlb", *BY_NAME]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,6 @@ def test_every_policy_of_the_field_is_simulated_apart(capsys: pytest.CaptureFixt
     [
         (["--prefill", "2"], "seen --nodes None --prefill 2 --decode None"),
         (["--nodes", "4", "--prefill", "2", "--decode", "2"], "leave out what does not belong"),
-        (["--prefill", "2", "--decode", "2", "--policy", "flexlb"], "hands prompts over"),
     ],
 )
 def test_nodes_are_of_one_kind_or_of_two(
@@ -224,7 +223,7 @@ def test_nodes_are_of_one_kind_or_of_two(
 def test_ours_can_be_told_the_speeds(name: str, oracle: str | None) -> None:
     assert oracle_of(name) == oracle
     if oracle is not None:
-        check(oracle, is_apart=False)
+        assert router_of(oracle)().wants_blocks
 
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "x"])
