@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from dispatcher.backends.clock import Clock
+from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.leader_lock import LeaderLock, Lease
 from dispatcher.backends.leader_store import LeaderStore
@@ -49,6 +49,7 @@ from dispatcher.services.unreadable import Unreadable
 from dispatcher.services.watch import FleetMirror, Guard
 from dispatcher.settings import DispatcherSettings
 from dispatcher.tasks import run_together
+from dispatcher.telemetry.clock_offset import ClockOffset
 from dispatcher.telemetry.logging import Log
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
@@ -83,12 +84,14 @@ class Dispatcher:
     ) -> None:
         self._settings = settings
         self._kafka = kafka
-        self._clock = clock
+        self._server_clock = ServerClock(clock)
+        self._clock = self._server_clock.as_clock()
         self._new_id = new_id
         self._rng = rng
         self._log = log
         self._names = Names(settings.pool)
         self.metrics = DispatcherMetrics(registry)
+        self._offset = ClockOffset(self.metrics.clock_ahead_s, log)
         self._clients = [redis(), redis(), redis(), redis()]
         commands, streams, lease, blocks = self._clients
         self._runner = ScriptRunner(commands, scripts)
@@ -105,7 +108,11 @@ class Dispatcher:
             log=log,
         )
         lock = LeaderLock(
-            ScriptRunner(lease, scripts), self._names, ttl_s=settings.leader_ttl_s, clock=clock.monotonic
+            ScriptRunner(lease, scripts),
+            self._names,
+            ttl_s=settings.leader_ttl_s,
+            clock=clock.monotonic,
+            heard=self._heard,
         )
         self.election = Election(
             lock,
@@ -136,6 +143,11 @@ class Dispatcher:
         finally:
             for client in self._clients:
                 await client.aclose()
+
+    def _heard(self, server_ms: int, asked_s: float) -> None:
+        """Follow Redis's clock, which deadlines go by."""
+        self._server_clock.heard(server_ms, asked_s)
+        self._offset.note(self._server_clock.own_ahead_s)
 
     @property
     def settings(self) -> DispatcherSettings:

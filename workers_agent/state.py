@@ -14,13 +14,11 @@ from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.node_store import Claimed, Ending
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.node import NodeIdentity
+from dispatcher.telemetry.clock_offset import ClockOffset
 from dispatcher.telemetry.logging import Log
 from workers_agent.engines.engine_load import EngineLoad
 from workers_agent.engines.gpu import GpuLoad
 from workers_agent.metrics import AgentMetrics
-
-MOST_AHEAD_S = 1.0
-"""A wall clock that differs from Redis's by more is told of."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +69,6 @@ class AgentState:
     backlog: bool = True
     draining: bool = False
     left: bool = False
-    is_clock_off: bool = False
     engine_ok: bool = True
     is_suspect: bool = False
     load: EngineLoad = field(default_factory=EngineLoad)
@@ -83,6 +80,11 @@ class AgentState:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    offset: ClockOffset = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offset = ClockOffset(self.metrics.clock_ahead_s, self.log)
+
     emptied: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -97,16 +99,7 @@ class AgentState:
 
     def note_clock(self) -> None:
         """Show how far the own wall clock is ahead; once for each time that it is too far."""
-        ahead_s = self.server_clock.own_ahead_s
-        self.metrics.clock_ahead_s.set(ahead_s)
-        is_off = abs(ahead_s) > MOST_AHEAD_S
-        if is_off and not self.is_clock_off:
-            self.log.warning(
-                "this host's clock differs from Redis's, which deadlines go by",
-                ahead_s=round(ahead_s, 3),
-                fix="synchronise the clocks of all hosts, as with NTP",
-            )
-        self.is_clock_off = is_off
+        self.offset.note(self.server_clock.own_ahead_s)
 
     def take(self, claimed: Claimed, envelope: Envelope) -> Held:
         """Hold an attempt."""

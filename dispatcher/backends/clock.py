@@ -1,8 +1,8 @@
 """The clocks that services read, as arguments, so that a simulation can own time.
 
 Loop time is for waiting and leases; epoch milliseconds are data (deadlines, timings). Leases inside
-Redis use the server's TIME. Agents judge deadlines by it too: a node whose own clock is wrong would give up
-all that it gets, at once, and so get more.
+Redis use the server's TIME. Agents and leaders judge deadlines by it too: a node whose own clock is wrong
+would give up all that it gets, at once, and so get more; a leader would end every request, or none.
 """
 
 from __future__ import annotations
@@ -60,11 +60,21 @@ class ServerClock:
             self._base_ms = server_ms - (asked_s + error_s) * 1000
             self._error_s, self._heard_s = error_s, now_s
 
+    def epoch_s(self) -> float:
+        """Seconds since 1970."""
+        if self._base_ms is None:
+            return self._clock.epoch_s()
+        return self._base_ms / 1000 + self._clock.monotonic()
+
     def now_ms(self) -> int:
         """Epoch milliseconds."""
         if self._base_ms is None:
             return self._clock.now_ms()
         return int(self._base_ms + self._clock.monotonic() * 1000)
+
+    def as_clock(self) -> Clock:
+        """The same as a clock of this process: its wall clock is the server's."""
+        return Clock(monotonic=self._clock.monotonic, epoch_s=self.epoch_s)
 
     @property
     def own_ahead_s(self) -> float:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dispatcher.backends.scripts import ScriptRunner
+from dispatcher.backends.scripts import Argument, ScriptRunner
 from dispatcher.errors import Deposed
 from dispatcher.protocol.names import Names
 
@@ -63,16 +63,32 @@ class Lease:
             raise Deposed("the lease ran out by this process's own clock")
 
 
+def _unheard(server_ms: int, asked_s: float) -> None:
+    """Take no notice of the server's clock."""
+
+
 class LeaderLock:
-    """The lock of one pool."""
+    """The lock of one pool.
+
+    Args:
+        clock: the own monotonic clock.
+        heard: takes what each answer says of the server's wall clock, and when it was asked (`clock`).
+    """
 
     def __init__(
-        self, runner: ScriptRunner, names: Names, *, ttl_s: float, clock: Callable[[], float]
+        self,
+        runner: ScriptRunner,
+        names: Names,
+        *,
+        ttl_s: float,
+        clock: Callable[[], float],
+        heard: Callable[[int, float], None] = _unheard,
     ) -> None:
         self._runner = runner
         self._keys = (names.leader, names.epoch, names.renewals)
         self._ttl_ms = int(ttl_s * 1000)
         self._clock = clock
+        self._heard = heard
         self._one_at_a_time = asyncio.Lock()
 
     async def acquire(self, owner: str, *, depose: str = "") -> Lease | Held:
@@ -83,7 +99,9 @@ class LeaderLock:
             StoreUnavailable: Redis did not answer.
         """
         sent = self._clock()
-        got, token, *rest = await self._runner.run("acquire", self._keys, [owner, self._ttl_ms, depose])
+        arguments: list[Argument] = [owner, self._ttl_ms, depose]
+        got, now_ms, token, *rest = await self._runner.run("acquire", self._keys, arguments)
+        self._heard(now_ms, sent)
         if got:
             return Lease(token.decode(), until=sent + self._ttl_ms / 1000, clock=self._clock)
         return Held(token=token.decode(), renewals=int(rest[0]), left_s=max(0, int(rest[1])) / 1000)
@@ -92,7 +110,9 @@ class LeaderLock:
         """Prolong `lease`, or raise Deposed."""
         async with self._one_at_a_time:
             sent = self._clock()
-            if not await self._runner.run("renew", self._keys, [lease.token, self._ttl_ms]):
+            leads, now_ms = await self._runner.run("renew", self._keys, [lease.token, self._ttl_ms])
+            self._heard(now_ms, sent)
+            if not leads:
                 raise Deposed("another dispatcher took the lock")
             lease.until = sent + self._ttl_ms / 1000
 

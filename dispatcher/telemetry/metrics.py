@@ -89,6 +89,11 @@ class DispatcherMetrics:
         self.stale_load_s = Gauge(
             "flexlb_oldest_report_seconds", "Age of the oldest load report", registry=registry
         )
+        self.clock_ahead_s = Gauge(
+            "flexlb_clock_ahead_seconds",
+            "By how much this host's wall clock is ahead of Redis's, which deadlines go by",
+            registry=registry,
+        )
         self.store_errors = Counter("flexlb_store_errors", "Calls Redis did not answer", registry=registry)
         self.log_errors = Counter("flexlb_log_errors", "Calls Kafka did not answer", registry=registry)
         self.finished_lag = Gauge("flexlb_finished_lag", "Open requests", ["source"], registry=registry)

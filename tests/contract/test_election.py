@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
+from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.leader_lock import LeaderLock, Lease, epoch_of
 from dispatcher.backends.scripts import ScriptRunner
 from dispatcher.errors import Superseded
 from dispatcher.local.valkey import ValkeyServer
-from dispatcher.protocol.outcome import OutcomeKind
+from dispatcher.protocol.outcome import OutcomeKind, Reason
 from tests.support.pool import CLOCK, Pool, ScriptedNode, request
 from tests.support.servers import KafkaAddress
 from tests.support.wait import wait_until
@@ -37,6 +39,32 @@ async def test_without_election_it_leads_at_once_though_another_s_lease_runs(
             token = (await one.redis.get(one.names.leader)).decode()
             assert epoch_of(token) > gone.epoch
             assert (await one.redis.get(one.names.epoch)).decode() == token
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+async def test_a_dispatcher_with_a_wrong_clock_ends_requests_neither_early_nor_late(
+    kafka_clients: KafkaClients,
+    valkey: ValkeyServer,
+    pool: str,
+    ahead_s: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wrong = Clock(epoch_s=lambda: time.time() + ahead_s)
+    async with Pool(kafka_clients, valkey.url, pool) as one:
+        dispatcher = one.dispatcher(wrong)
+        async with one.running(dispatcher), one.running(ScriptedNode(one, "n1")) as node:
+            node.hears.clear()
+            await one.append(request("late", deadline_ms=700))
+            assert (await one.outcome("late")).reason is Reason.DEADLINE_EXCEEDED
+            node.hears.set()
+            await one.append(request("early"))
+            outcome = await one.outcome("early")
+            assert outcome.kind is OutcomeKind.COMPLETED
+            ended_ms = (await one.outcome("late")).timing.ended
+            assert abs(ended_ms - CLOCK.now_ms()) < 60_000, "by Redis's clock too"
+        assert abs(dispatcher.metrics.clock_ahead_s._value.get() - ahead_s) < 1
+    told = [record.message for record in caplog.records if "clock differs" in record.message]
+    assert len(told) == 1
 
 
 async def test_without_election_the_first_of_two_ends_and_the_second_serves(

@@ -298,6 +298,35 @@ async def test_acquiring_again_finds_the_own_lock(stage: Stage) -> None:
 
 
 @everywhere
+async def test_each_answer_of_the_lock_tells_the_servers_time(stage: Stage) -> None:
+    heard: list[tuple[int, float]] = []
+    loop = asyncio.get_running_loop()
+    lock = LeaderLock(
+        stage.runner,
+        stage.names,
+        ttl_s=LONG_S,
+        clock=loop.time,
+        heard=lambda server_ms, asked_s: heard.append((server_ms, asked_s)),
+    )
+    before_s = loop.time()
+    lease = await lock.acquire("one")
+    assert isinstance(lease, Lease)
+    await lock.acquire("one")
+    assert isinstance(await lock.acquire("two"), Held)
+    await lock.renew(lease)
+    await lock.begin_epoch(lease, "one again")
+    old = Lease("1:gone", until=lease.until, clock=loop.time)
+    with pytest.raises(Deposed):
+        await lock.renew(old)
+    seconds, micros = await stage.client.time()
+    assert len(heard) == 6
+    for server_ms, asked_s in heard:
+        assert before_s <= asked_s <= loop.time()
+        assert abs(server_ms - (seconds * 1000 + micros // 1000)) < 10_000
+    assert [server_ms for server_ms, _ in heard] == sorted(server_ms for server_ms, _ in heard)
+
+
+@everywhere
 async def test_an_owner_that_looks_like_a_pattern_is_compared_whole(stage: Stage) -> None:
     await stage.lock().acquire("one")
     for owner in ("", "on.", ".*", "one:one", "%w+", f"{5}:one"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher.app import Dispatcher
 from dispatcher.backends.clock import ServerClock
 from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.outcome_log import CommitNote, Finished, OutcomeLog, Publication
@@ -210,10 +211,23 @@ def rewind_overlooked(patch: pytest.MonkeyPatch) -> dict[str, str]:
 def deadlines_by_the_own_clock(patch: pytest.MonkeyPatch) -> dict[str, str]:
     """An agent judges deadlines by its host's clock, whatever Redis's says."""
 
-    def heard(clock: ServerClock, server_ms: int, asked_s: float) -> None:
+    class DeafClock(ServerClock):
+        """Learns nothing."""
+
+        def heard(self, server_ms: int, asked_s: float) -> None:
+            """Learn nothing."""
+
+    patch.setattr("workers_agent.app.ServerClock", DeafClock)
+    return {}
+
+
+def leader_by_the_own_clock(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A leader judges deadlines by its host's clock, whatever Redis's says."""
+
+    def heard(dispatcher: Dispatcher, server_ms: int, asked_s: float) -> None:
         """Learn nothing."""
 
-    patch.setattr(ServerClock, "heard", heard)
+    patch.setattr(Dispatcher, "_heard", heard)
     return {}
 
 
@@ -221,6 +235,7 @@ FAULTS: dict[Plant, tuple[str, ...]] = {
     outcome_outside_the_transaction: ("strike_between_effects", "freeze_dispatcher"),
     rewind_overlooked: ("rewind_redis", "kill_dispatcher"),
     deadlines_by_the_own_clock: ("jump_clock",),
+    leader_by_the_own_clock: ("jump_clock",),
 }
 """Kinds of fault for bugs that bite in a moment which few seeds of all kinds hit."""
 
@@ -240,5 +255,6 @@ BUGS: dict[Plant, int] = {
     recovery_forgets_closing: 6,
     identities_lost_with_redis: 15,
     deadlines_by_the_own_clock: 1,
+    leader_by_the_own_clock: 1,
 }
 """Each with the first seed that caught it when this was written: where a test begins to look."""

@@ -290,12 +290,13 @@ class Invariants:
         self._check_keys()
 
     def _check_deadlines(self) -> None:
-        """No agent gives up what has time, whatever its host's clock says: runs are shorter than defaults."""
+        """Nobody ends what has time, whatever a host's clock says: runs are shorter than defaults."""
         for value in self._decided(self._names.outcomes):
             head = codec.outcome_heads.decode(value)
-            is_given_up = bool(head.attempt) and head.reason == Reason.DEADLINE_EXCEEDED
+            is_given_up = head.reason in {Reason.DEADLINE_EXCEEDED, Reason.DEADLINE_PASSED}
             if is_given_up and not self._expectations.requests.get(head.ref, {}).get("deadline_ms"):
-                self.violate(f"an agent gave up {head.ref} long before its deadline")
+                who = "an agent" if head.attempt else "a leader"
+                self.violate(f"{who} gave up {head.ref} long before its deadline")
 
     def _check_keys(self) -> None:
         for key in self._redis.call("KEYS", "*"):

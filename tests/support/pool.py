@@ -154,13 +154,13 @@ class Pool:
         self._stack = contextlib.AsyncExitStack()
         self._producer: Any = None
 
-    def dispatcher(self) -> Dispatcher:
+    def dispatcher(self, clock: Clock = CLOCK) -> Dispatcher:
         """A dispatcher of this pool, not yet running."""
         return Dispatcher(
             self.settings,
             redis=lambda: connect_redis(self.redis_url),
             kafka=self.clients,
-            clock=CLOCK,
+            clock=clock,
             new_id=lambda: uuid.uuid4().hex,
             rng=random.Random(1),
             registry=CollectorRegistry(),
