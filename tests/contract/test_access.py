@@ -6,11 +6,9 @@ The Valkey of the tests is built without TLS, so a small proxy ends it; the clie
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
-import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Names
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.servers import give_up, why_no_kafka
+from tests.support.tls_end import tls_end
 
 USER, PASSWORD = "flexlb", "canary-of-a-password"
 
@@ -45,29 +44,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Of somebody else."""
     return make_certificates(tmp_path_factory.mktemp("tls") / "wrong")
-
-
-@contextlib.asynccontextmanager
-async def tls_end(port: int, certificates: Certificates) -> AsyncIterator[int]:
-    """A port that speaks TLS, wants a client's certificate, and passes the plain text on to `port`."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(certificates.ca))
-    context.load_cert_chain(certificates.cert, certificates.key)
-    context.verify_mode = ssl.CERT_REQUIRED
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pass_on(reader, inner_writer), pass_on(inner_reader, writer))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
 
 
 async def ping(client: Redis) -> None:
