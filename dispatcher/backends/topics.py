@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from aiokafka.admin import NewTopic
-from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
 
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.errors import LogRefused, LogUnavailable
@@ -73,6 +79,16 @@ async def _create(admin: Any, new: NewTopic) -> Any:
     raise KafkaConnectionError("the brokers know no controller")
 
 
+def _check_allowed(described: Iterable[Mapping[str, Any]]) -> None:
+    """Raise LogUnavailable for a topic that is kept from this user."""
+    for one in described:
+        if one["error_code"] == TopicAuthorizationFailedError.errno:
+            raise LogUnavailable(
+                f"topic {one['topic']}: expected to be allowed to see it, seen Kafka refuse this user; "
+                "give it the rights in docs/security.md (Kafka's ACLs)"
+            )
+
+
 async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[str, int]:
     """How many partitions each topic has.
 
@@ -80,7 +96,7 @@ async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[s
     asked for again before it counts as missing.
 
     Raises:
-        LogUnavailable: the broker did not answer, or a topic does not exist (yet).
+        LogUnavailable: the broker did not answer, a topic does not exist (yet), or is kept from this user.
     """
     admin = kafka.admin()
     try:
@@ -88,6 +104,7 @@ async def partition_counts(kafka: KafkaClients, topics: Sequence[str]) -> dict[s
         for _ in range(LOOKS):
             described = await admin.describe_topics(list(topics))
             counts = {one["topic"]: len(one["partitions"]) for one in described if not one["error_code"]}
+            _check_allowed(described)
             missing = [topic for topic in topics if not counts.get(topic)]
             if not missing:
                 return counts

@@ -188,7 +188,8 @@ class Client:
             self._stack.push_async_callback(close_kafka_client, self._producer)
             await self._producer.start()
             names = self._names
-            counts = await partition_counts(self._kafka, names.topics)
+            ours = [topic for topic in names.topics if topic != names.dead]  # operators', not ours to see
+            counts = await partition_counts(self._kafka, ours)
             if self._lease is not None:
                 # After the tasks below have ended, and before the producer does.
                 self._stack.push_async_callback(self._lease.end)

@@ -89,7 +89,13 @@ class HeldEngine:
 
 @contextlib.asynccontextmanager
 async def running_agent(
-    pool: Pool, engine: Engine, *, node: str = "n1", clock: Clock = CLOCK, **settings: Any
+    pool: Pool,
+    engine: Engine,
+    *,
+    node: str = "n1",
+    clock: Clock = CLOCK,
+    kafka: KafkaClients | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Agent, asyncio.Event]]:
     """Run an agent in this process; stops it at the end as SIGTERM would."""
     agent = Agent(
@@ -99,7 +105,7 @@ async def running_agent(
             **{"models": MODEL, "max_running": 4, "drain_grace_s": 0.2, "report_interval_s": 0.3, **settings},
         ),
         redis=lambda: connect_redis(pool.redis_url),
-        kafka=pool.clients,
+        kafka=kafka or pool.clients,
         engine=engine,
         clock=clock,
         new_id=lambda: uuid.uuid4().hex,

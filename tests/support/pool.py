@@ -154,12 +154,12 @@ class Pool:
         self._stack = contextlib.AsyncExitStack()
         self._producer: Any = None
 
-    def dispatcher(self, clock: Clock = CLOCK) -> Dispatcher:
+    def dispatcher(self, clock: Clock = CLOCK, *, kafka: KafkaClients | None = None) -> Dispatcher:
         """A dispatcher of this pool, not yet running."""
         return Dispatcher(
             self.settings,
             redis=lambda: connect_redis(self.redis_url),
-            kafka=self.clients,
+            kafka=kafka or self.clients,
             clock=clock,
             new_id=lambda: uuid.uuid4().hex,
             rng=random.Random(1),
