@@ -106,6 +106,8 @@ class Invariants:
             for name in (*LEADER_SCRIPTS, *AGENT_SCRIPTS)
         }
         self._effects = 0
+        self._refs: dict[bytes, str] = {}
+        """Of each outcome that was read: they are looked through again and again."""
         self._permanent = re.compile(
             rf"{re.escape(names.prefix)}(leader|epoch|renewals|generation|marks|settled|pending|pending:.*|closing"
             rf"|reports|blocks|nodes|cordons|above:.*|node:[^:]*:claimed)$|rq:(queues|workers|workers:.*|queue:.*|job:.*|wip:.*)$"
@@ -229,8 +231,12 @@ class Invariants:
 
     def _answered(self) -> Counter[str]:
         answered: Counter[str] = Counter()
+        refs = self._refs
         for value in self._decided(self._names.outcomes):
-            answered[codec.outcome_heads.decode(value).ref] += 1
+            ref = refs.get(value)
+            if ref is None:
+                ref = refs[value] = codec.outcome_heads.decode(value).ref
+            answered[ref] += 1
         for value in self._decided(self._names.dead):
             letter = codec.dead_letters.decode(value)
             if not letter.id:

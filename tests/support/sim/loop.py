@@ -187,8 +187,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                     f"{self._max_iterations} loop iterations at {self._now:.3f} s: expected the simulation "
                     f"to be over; shorten it or raise max_iterations. {self.describe_tasks()}"
                 )
-            if ready or self._stopping or not self._jump(timers):  # type: ignore[attr-defined]
-                self._stay()
+            stays = ready or self._stopping or not self._jump(timers)  # type: ignore[attr-defined]
+            if stays and self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
+                self._creep()
             end = self._now + RESOLUTION_S
             while timers and timers[0][0] < end:
                 put(pop(timers))
@@ -232,10 +233,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._without_waiting = 0
         return True
 
-    def _stay(self) -> None:
-        """Go round at the same moment."""
-        if self._without_waiting > ITERATIONS_AT_ONE_MOMENT:
-            self._now += 1e-6
+    def _creep(self) -> None:
+        """Go round at what was the same moment for long."""
+        self._now += 1e-6
         if self._without_waiting > MAX_ITERATIONS_WITHOUT_WAITING:
             self._without_waiting = 0
             raise Runaway(
@@ -257,7 +257,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
     ) -> _Handle:
         """Schedule `callback` in `delay` seconds."""
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
+        self._made += 1
+        scope = copy_context() if context is None else context
+        timer = _Handle((self._now + delay, self._made, scope, callback, args))
+        heapq.heappush(self._timers, timer)
+        return timer
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None

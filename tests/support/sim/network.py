@@ -72,6 +72,8 @@ class Process:
     def __init__(self, name: str, loop: VirtualLoop, *, clock_skew_s: float = 0.0) -> None:
         self.name = name
         self.is_alive = True
+        self.is_frozen = False
+        """Between `freeze` and `thaw`."""
         self.failures: list[BaseException] = []
         """What its spawned tasks died of; empty for a healthy program."""
         self.clock_skew_s = clock_skew_s
@@ -83,11 +85,6 @@ class Process:
         self._awake.set()
         self._calls: dict[Call, None] = {}
         self._frozen = _Window(loop, self.thaw)
-
-    @property
-    def is_frozen(self) -> bool:
-        """Between `freeze` and `thaw`."""
-        return not self._awake.is_set()
 
     def spawn(self, coro: Coroutine[Any, Any, Any], *, name: str = "") -> asyncio.Task[Any]:
         """Start `coro` inside the process; tasks that it makes belong to the process too."""
@@ -130,12 +127,14 @@ class Process:
         """SIGSTOP: none of its callbacks runs, what it sent goes its way. SIGCONT after `seconds`."""
         if self.is_alive:
             self._frozen.extend(seconds)
+            self.is_frozen = True
             self._awake.clear()
             self._scope.hold(self._loop)
 
     def thaw(self) -> None:
         """SIGCONT."""
         self._frozen.close()
+        self.is_frozen = False
         self._awake.set()
         self._scope.release(self._loop)
 
