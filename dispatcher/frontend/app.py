@@ -27,6 +27,7 @@ from dispatcher.client import Client
 from dispatcher.errors import LogUnavailable
 from dispatcher.frontend.api_keys import ApiKeys
 from dispatcher.frontend.exchange import RESTARTED, STOPPING, Exchange, Question, problem_response
+from dispatcher.frontend.header_watch import HeaderWatch
 from dispatcher.frontend.listener import Listener
 from dispatcher.frontend.metrics import FrontendMetrics
 from dispatcher.frontend.models import Models
@@ -154,7 +155,8 @@ class Frontend:
         guard_expectations(runner.server)
         self._stack.push_async_callback(runner.cleanup)
         assert runner.server is not None, "a runner has its server once it is set up"
-        self._listener = Listener(runner.server)
+        self._headers = HeaderWatch(runner.server, self._settings.header_timeout_s)
+        self._listener = Listener(self._headers)
         self.port = await self._listener.start(self._settings.host, self._settings.port)
         self._stack.push_async_callback(self._listener.stop)
 
@@ -186,6 +188,7 @@ class Frontend:
     async def _tell_problems(self, request: web.Request, handler: _Serve) -> web.StreamResponse:
         """Answer whatever goes wrong before an answer has begun in OpenAI's form."""
         shown_id = request_id_of(request.headers)
+        self._headers.begin(request.protocol)
         try:
             return await handler(request)
         except Refused as refusal:
@@ -196,6 +199,8 @@ class Frontend:
         except web.HTTPException as error:
             message = f"{request.method} {request.path}: {error.reason}"
             return problem_response(Problem(status=error.status, message=message), shown_id)
+        finally:
+            self._headers.end(request.protocol)
 
     async def _say_goodbye(self, _: web.Request, response: web.StreamResponse) -> None:
         """Let a connection end with its answer while stopping."""

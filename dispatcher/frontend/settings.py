@@ -50,6 +50,9 @@ class FrontendSettings(AccessSettings):
     max_in_flight: int = Field(
         default=4096, ge=1, le=100_000, description="requests in flight, beyond which the answer is 429"
     )
+    header_timeout_s: float = Field(
+        default=30, ge=0.1, le=3600, description="time for a request's headers to come in, seconds"
+    )
     body_timeout_s: float = Field(
         default=30, ge=0.1, le=3600, description="time for a request's body to come in, seconds"
     )

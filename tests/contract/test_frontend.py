@@ -594,6 +594,31 @@ async def a_request_that_can_not_be_served_is_told_why(served: Served) -> None:
         assert (response.status, "error" in await response.json()) == (405, True)
 
 
+@settings(header_timeout_s=0.3)
+async def headers_that_do_not_end_are_told_so_and_hold_no_socket(served: Served) -> None:
+    host, port = "127.0.0.1", served.frontend.port
+    for sent in (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n", b"G", b"\r\n", b""):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(sent)
+        async with asyncio.timeout(20):
+            answer = await reader.read()
+        assert (b" 408 " in answer, b"headers: expected them within 0.3 s" in answer) == (bool(sent),) * 2
+        writer.close()
+    # One that answers is given its time, and the next request on its connection has its own.
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    (length,) = (
+        int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-l")
+    )
+    await reader.readexactly(length)
+    writer.write(b"GET /v1/mod")
+    async with asyncio.timeout(20):
+        assert b" 408 " in await reader.read()
+    writer.close()
+
+
 @settings(models="only")
 async def a_body_without_a_model_goes_to_the_only_one(served: Served) -> None:
     asking = served.begin(served.post(b'{ "prompt":"x", "odd":  1.0}'))
