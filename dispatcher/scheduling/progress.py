@@ -84,6 +84,10 @@ class SourceProgress:
         """Whether the request at `offset` has no published outcome yet, as far as this leader knows."""
         return offset in self._open.members
 
+    def is_known(self, offset: int) -> bool:
+        """Whether there is such a request: intake has read it, or Redis had it before."""
+        return offset < self.next_read or offset in self._taken_above
+
     def take(self, offset: int) -> None:
         """Note that Redis has it."""
         self._untaken.discard(offset)

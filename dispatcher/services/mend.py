@@ -93,7 +93,11 @@ class Mend:
     def _is_astray(self, ref: Ref) -> bool:
         """Whether it is still to be mended: nobody has got hold of it meanwhile, or ended it."""
         state = self._state
-        is_open = state.progress_of(ref).is_open(ref.offset)
+        progress = state.progress.get(ref.source)
+        if progress is None or not progress.is_known(ref.offset):
+            # Who may write a node's keys can name any ref: none of ours, or one that is yet to be appended.
+            return False
+        is_open = progress.is_open(ref.offset)
         return is_open and state.envelope_of(str(ref)) is None and str(ref) not in state.closed
 
     async def _read(self, refs: Sequence[Ref]) -> Mapping[Ref, Recalled | None] | None:

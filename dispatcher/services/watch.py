@@ -379,7 +379,9 @@ class Guard:
         return len(refs)
 
     async def _load_pending(self, refs: list[Ref]) -> None:
-        missing = [str(ref) for ref in refs if self._state.waiting(str(ref)) is None]
+        state = self._state
+        ours = [ref for ref in refs if ref.source in state.progress]
+        missing = [str(ref) for ref in ours if state.waiting(str(ref)) is None]
         if not missing:
             return
         stored = await until_answered(lambda: self._view.pending_jobs(missing), self._state.metrics)

@@ -190,3 +190,10 @@ def test_answers_taken_together_begin_no_later_than_they_did() -> None:
         assert earliest is not None
         assert earliest <= mark + 1
         progress.finish(mark, count + mark)
+
+
+def test_a_request_is_known_once_it_was_read_or_taken() -> None:
+    progress = SourceProgress(next_read=5, taken_above=[7], open_above=[7, 1000])
+    assert [progress.is_known(offset) for offset in (4, 5, 7, 1000)] == [True, False, True, False]
+    progress.read(5)
+    assert progress.is_known(5)
