@@ -35,6 +35,7 @@ from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Dispatch
 from dispatcher.services.election import Election
 from dispatcher.services.expire import Expire
+from dispatcher.services.held_outcomes import HeldOutcomes
 from dispatcher.services.intake import Intake
 from dispatcher.services.mend import Mend
 from dispatcher.services.partitions import Partitions
@@ -299,6 +300,7 @@ class Dispatcher:
                 intake,
                 partitions,
                 retention,
+                HeldOutcomes(state, self._kafka),
             )
             await run_together(**{type(service).__name__: service.run() for service in services})
         finally:

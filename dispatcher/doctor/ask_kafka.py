@@ -12,13 +12,16 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.protocol.admin import ApiVersionRequest
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
-from dispatcher.doctor.facts import ClockReading, KafkaFacts, Probe, TopicFacts
+from dispatcher.backends.stable_ends import stable_ends
+from dispatcher.doctor.facts import ClockReading, HeldUp, KafkaFacts, Probe, TopicFacts
 from dispatcher.errors import LogUnavailable
 from dispatcher.protocol.names import Names
 
 TIMEOUT_S = 15.0
 INTERNAL = ("__transaction_state", "__consumer_offsets")
 BROKER_KEYS = ("auto.create.topics.enable", "offsets.retention.minutes")
+STANDS_STILL_S = 3.0
+"""A transaction that was open for so long is none of a leader's, unless Kafka is slow."""
 PROBE = b'{"probe": "flexlb doctor; this transaction is aborted"}'
 
 
@@ -56,6 +59,24 @@ async def ask_kafka(kafka: KafkaClients, names: Names, *, bootstrap: str, probe:
         internal={name: _topic(found[name], None) for name in INTERNAL if name in found and len(brokers) > 1},
         broker_config=broker_config,
         probe=await _probe(kafka, names) if probe and topics[names.dead] is not None else None,
+        held_up=await _held_up(kafka, names.outcomes) if topics[names.outcomes] is not None else (),
+    )
+
+
+async def _held_up(kafka: KafkaClients, topic: str) -> tuple[HeldUp, ...] | None:
+    """Look at the ends of a topic, and once more if a transaction is open there."""
+    try:
+        before = await stable_ends(kafka, topic)
+        if all(one.stable >= one.end for one in before.values()):
+            return ()
+        await asyncio.sleep(STANDS_STILL_S)
+        after = await stable_ends(kafka, topic)
+    except LogUnavailable:
+        return None
+    return tuple(
+        HeldUp(partition=partition, offset=one.stable, behind=one.end - one.stable)
+        for partition, one in sorted(after.items())
+        if one.stable < one.end and partition in before and before[partition].stable == one.stable
     )
 
 

@@ -55,6 +55,15 @@ class TopicFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldUp:
+    """A partition whose readers of committed records are held up at `offset`, by an open transaction."""
+
+    partition: int
+    offset: int
+    behind: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """What became of a transaction that the doctor began and aborted: '' when it worked."""
 
@@ -64,7 +73,10 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class KafkaFacts:
-    """One Kafka cluster. `topics` has None for those that do not exist; `probe` is None when not tried."""
+    """One Kafka cluster. `topics` has None for those that do not exist; `probe` is None when not tried.
+
+    `held_up` are partitions of `outcomes`; None when that could not be looked at.
+    """
 
     bootstrap: str
     brokers: int
@@ -73,6 +85,7 @@ class KafkaFacts:
     internal: Mapping[str, TopicFacts]
     broker_config: Mapping[str, str] | None
     probe: Probe | None = None
+    held_up: tuple[HeldUp, ...] | None = ()
 
 
 @dataclass(frozen=True, kw_only=True)

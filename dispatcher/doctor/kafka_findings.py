@@ -58,6 +58,7 @@ def kafka_findings(facts: KafkaFacts, needs: Needs) -> list[Finding]:
         _auto_create(facts),
         _offsets_retention(facts, needs),
         _transactions(facts, needs),
+        *_held_up(facts, needs),
         clock_finding("clock of Kafka", facts.probe.clock if facts.probe else None),
     ]
 
@@ -266,6 +267,26 @@ def _transactions(facts: KafkaFacts, needs: Needs) -> Finding:
             f"brokers) and ACLs: Write and Describe on transactional id flexlb.{needs.pool}.*",
         )
     return Finding(check=check, status=Status.OK, found="a transaction was begun, written to and aborted")
+
+
+def _held_up(facts: KafkaFacts, needs: Needs) -> list[Finding]:
+    check, topic = "kafka open transactions", f"flexlb.{needs.pool}.outcomes"
+    if facts.held_up is None:
+        return [Finding(check=check, status=Status.UNKNOWN, found=f"the ends of {topic} are not told")]
+    if not facts.held_up:
+        return [Finding(check=check, status=Status.OK, found="no transaction holds up readers of outcomes")]
+    tool = f"kafka-transactions.sh --bootstrap-server {facts.bootstrap}"
+    return [
+        Finding(
+            check=check,
+            status=Status.FAIL,
+            found=f"{topic}[{one.partition}]: a transaction that is open since offset {one.offset} holds up "
+            f"{one.behind} records: nobody who reads committed records gets those",
+            fix=f"see whose it is: {tool} describe-producers --topic {topic} --partition {one.partition}; "
+            f"then: {tool} abort --topic {topic} --partition {one.partition} --start-offset {one.offset}",
+        )
+        for one in facts.held_up
+    ]
 
 
 def _number(config: Mapping[str, str], key: str) -> int | None:

@@ -106,6 +106,12 @@ class DispatcherMetrics:
             ["topic"],
             registry=registry,
         )
+        self.outcomes_held_s = Gauge(
+            "flexlb_outcomes_held_seconds",
+            "For how long an open transaction has held up readers of committed outcomes, by partition",
+            ["partition"],
+            registry=registry,
+        )
         self.adopted = Counter(
             "flexlb_adopted", "Running attempts adopted after Redis lost data", registry=registry
         )
