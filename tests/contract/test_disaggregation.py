@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
 
+from dispatcher.app import Dispatcher
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.node import Role
@@ -29,32 +30,47 @@ TOKENS = 12
 BODY = {"model": MODEL, "prompt": PROMPT, "max_tokens": TOKENS}
 
 
+class Led(NamedTuple):
+    """A pool, and the dispatcher that leads it."""
+
+    pool: Pool
+    dispatcher: Dispatcher
+
+    def knows(self, name: str) -> bool:
+        """Whether a node may be given work."""
+        state = self.dispatcher.state
+        node = state.fleet.nodes.get(name) if state is not None else None
+        return node is not None and node.is_eligible
+
+
 @pytest.fixture
-async def led(kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str) -> AsyncIterator[Pool]:
+async def led(kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str) -> AsyncIterator[Led]:
     """A pool with a dispatcher that splits everything, and no node."""
     async with (
         Pool(kafka_clients, valkey.url, pool, policy="least_outstanding_tokens") as one,
-        one.running(one.dispatcher()),
+        one.running(one.dispatcher()) as dispatcher,
     ):
-        yield one
+        await wait_until(lambda: dispatcher.state is not None, "a leader")
+        yield Led(one, dispatcher)
 
 
 @contextlib.asynccontextmanager
-async def node(led: Pool, name: str, role: Role) -> AsyncIterator[Simulator]:
+async def node(led: Led, name: str, role: Role) -> AsyncIterator[Simulator]:
     """An agent of that role; its engine."""
     simulator = Simulator(SimulatorSettings(model=MODEL, time_scale=0.0))
     engine = OpenAIEngine(await simulator.start())
     try:
-        async with running_agent(led, engine, node=name, heartbeat_ttl_s=20, role=role):
+        async with running_agent(led.pool, engine, node=name, heartbeat_ttl_s=20, role=role):
+            await wait_until(lambda: led.knows(name), f"node {name}")
             yield simulator
     finally:
         await simulator.close()
 
 
-async def answered(led: Pool, **fields: Any) -> Outcome:
+async def answered(led: Led, **fields: Any) -> Outcome:
     """The outcome of one request."""
-    await led.append(request("r1", **{"body": BODY, **fields}))
-    return await led.outcome("r1")
+    await led.pool.append(request("r1", **{"body": BODY, **fields}))
+    return await led.pool.outcome("r1")
 
 
 def text_of(outcome: Outcome) -> str:
@@ -65,10 +81,10 @@ def text_of(outcome: Outcome) -> str:
 WHOLE = Answer(tokenise(PROMPT)).text(TOKENS)
 
 
-async def test_one_node_computes_the_prompt_and_the_other_answers(led: Pool) -> None:
+async def test_one_node_computes_the_prompt_and_the_other_answers(led: Led) -> None:
     async with node(led, "p", Role.PREFILL) as prefill, node(led, "d", Role.DECODE) as decode:
         outcome = await answered(led)
-        chunks = await chunks_of(led, "r1")
+        chunks = await chunks_of(led.pool, "r1")
         await wait_until(lambda: not prefill.engine.kv_used_blocks, "the lent blocks back")
     assert (outcome.kind, text_of(outcome)) == (OutcomeKind.COMPLETED, WHOLE)
     assert (outcome.prefill_node, outcome.node) == ("p", "d")
@@ -81,18 +97,18 @@ async def test_one_node_computes_the_prompt_and_the_other_answers(led: Pool) -> 
     assert not prefill.lender.expired
 
 
-async def test_cached_tokens_are_the_prefill_nodes(led: Pool) -> None:
+async def test_cached_tokens_are_the_prefill_nodes(led: Led) -> None:
     async with node(led, "p", Role.PREFILL), node(led, "d", Role.DECODE):
         await answered(led)
-        await led.append(request("r2", body=BODY))
-        again = await led.outcome("r2")
+        await led.pool.append(request("r2", body=BODY))
+        again = await led.pool.outcome("r2")
     length = len(tokenise(PROMPT))
     assert again.prefill_node == "p"
     assert 0 < again.usage.cached_tokens < length
 
 
 async def test_blocks_that_are_lent_no_more_are_computed_again(
-    led: Pool, monkeypatch: pytest.MonkeyPatch
+    led: Led, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
     told = Lender.tokens_of
@@ -111,7 +127,7 @@ async def test_blocks_that_are_lent_no_more_are_computed_again(
 
 
 async def test_an_engine_that_names_no_blocks_is_passed_over(
-    led: Pool, monkeypatch: pytest.MonkeyPatch
+    led: Led, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Simulator, "_lent", lambda *_: None)
     async with node(led, "p", Role.PREFILL), node(led, "d", Role.DECODE):
@@ -120,7 +136,7 @@ async def test_an_engine_that_names_no_blocks_is_passed_over(
     assert (outcome.prefill_node, outcome.node) == ("", "d")
 
 
-async def test_several_choices_are_not_split(led: Pool) -> None:
+async def test_several_choices_are_not_split(led: Led) -> None:
     async with node(led, "p", Role.PREFILL) as prefill, node(led, "d", Role.DECODE):
         outcome = await answered(led, body={**BODY, "n": 2})
     assert outcome.kind is OutcomeKind.COMPLETED
@@ -129,7 +145,7 @@ async def test_several_choices_are_not_split(led: Pool) -> None:
     assert not prefill.engine.generated_tokens
 
 
-async def test_a_request_waits_between_the_stages_while_its_decode_node_is_away(led: Pool) -> None:
+async def test_a_request_waits_between_the_stages_while_its_decode_node_is_away(led: Led) -> None:
     async with node(led, "p", Role.PREFILL):
         # Nobody else serves the model: the prefill node answers alone.
         outcome = await answered(led)

@@ -54,7 +54,7 @@ async def test_a_dispatcher_with_a_wrong_clock_ends_requests_neither_early_nor_l
         dispatcher = one.dispatcher(wrong)
         async with one.running(dispatcher), one.running(ScriptedNode(one, "n1")) as node:
             node.hears.clear()
-            await one.append(request("late", deadline_ms=700))
+            await one.append(request("late", deadline_ms=3000))
             assert (await one.outcome("late")).reason is Reason.DEADLINE_EXCEEDED
             node.hears.set()
             await one.append(request("early"))

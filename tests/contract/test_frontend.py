@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import random
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -534,7 +535,12 @@ async def a_client_that_does_not_read_is_left_when_its_time_is_up(
     served: Served,
 ) -> None:
     side = served.side
-    reader, writer = await asyncio.open_connection("127.0.0.1", served.frontend.port, limit=1024)
+    client = socket.socket()
+    # The kernel would take most of the answer for a client that is merely slow.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", served.frontend.port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
     body = json.dumps({**BODY, "stream": True}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-FlexLB-Deadline-Ms: 2000\r\n"
