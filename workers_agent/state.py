@@ -80,12 +80,11 @@ class AgentState:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    emptied: asyncio.Event = field(default_factory=asyncio.Event)
     offset: ClockOffset = field(init=False)
 
     def __post_init__(self) -> None:
         self.offset = ClockOffset(self.metrics.clock_ahead_s, self.log)
-
-    emptied: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def free(self) -> int:

@@ -268,8 +268,7 @@ class Executor:
             ending = Ending(job=job, kind="outcome", ref=work.ref, id=work.id, payload=payload)
             return ending, Reason.DEADLINE_EXCEEDED.value
         except EngineFailure as failure:
-            state.is_suspect = state.is_suspect or failure.cause is FailureCause.STALLED
-            died = failure.cause in _MAY_BE_ITS_END and await self._check_engine(began_s)
+            crash = await self._is_crash(failure, began_s)
             return self._failed(
                 job,
                 attempt,
@@ -277,7 +276,7 @@ class Executor:
                 failure.cause,
                 str(failure),
                 failure.http_status,
-                crash=died and failure.reached,
+                crash=crash,
                 told=failure.message,
             )
         except Exception as error:
@@ -342,9 +341,7 @@ class Executor:
             kind, reason = OutcomeKind.EVICTED, Reason.DEADLINE_EXCEEDED
             message = f"deadline passed after {answer.tokens} tokens"
         except EngineFailure as failure:
-            if failure.cause is FailureCause.STALLED:
-                state.is_suspect = True
-            died = failure.cause in _MAY_BE_ITS_END and await self._check_engine(began_s)
+            crash = await self._is_crash(failure, began_s)
             await stream.publish_rest()
             return self._failed(
                 job,
@@ -354,7 +351,7 @@ class Executor:
                 str(failure),
                 failure.http_status,
                 stream.checkpoint,
-                crash=died and failure.reached,
+                crash=crash,
                 told=failure.message,
             )
         except LogRefused as error:
@@ -404,6 +401,13 @@ class Executor:
             state.metrics.first_token_s.observe((answer.first_token_ms - claimed_ms) / 1000)
         payload = codec.encode(outcome)
         return Ending(job=job, kind="outcome", ref=work.ref, id=work.id, payload=payload), reason.value
+
+    async def _is_crash(self, failure: EngineFailure, began_s: float) -> bool:
+        """Whether the engine died of the attempt that failed; one that fell silent is to be looked at."""
+        if failure.cause is FailureCause.STALLED:
+            self._state.is_suspect = True
+        died = failure.cause in _MAY_BE_ITS_END and await self._check_engine(began_s)
+        return died and failure.reached
 
     def _seconds_left(self, work: Work) -> float | None:
         """Time until the deadline.

@@ -117,8 +117,9 @@ class Driver:
         """The modelled time."""
         return asyncio.get_running_loop().time() / self._scale if self._scale else self._now_s
 
-    def submit(self, ask: Ask, began_s: float, *, keeps: bool = False, is_remote: bool = False) -> Reply:
-        """Queue every sequence of a request that came at `began_s`; as in `EngineModel.submit`."""
+    def submit(self, ask: Ask, began_s: float) -> Reply:
+        """Queue every sequence of a request that came at `began_s`."""
+        is_remote = ask.kv_transfer.do_remote_prefill
         reply = Reply(ask, self._next_key, began_s)
         self._next_key += ask.sequences
         queued_s = self.clock_s
@@ -131,7 +132,7 @@ class Driver:
                     ask.max_tokens,
                     output=Answer(prompt, choice).token_id,
                     salt=ask.salt,
-                    keeps=keeps,
+                    keeps=ask.kv_transfer.do_remote_decode,
                     is_remote=is_remote,
                 )
                 self._replies[key] = reply

@@ -15,24 +15,12 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from workers_agent.simulator.wire import Refusal
+from workers_agent.simulator.wire import KVTransfer, Refusal
 
 PATH = "/sim/kv"
 LEASE_S = 30.0
 """Modelled seconds for which blocks are lent (`kv_lease_duration`)."""
 SIDE_CHANNEL_TIMEOUT_S = 5.0
-
-
-class KVTransfer(Struct):
-    """What a request says of blocks; fields that are none of a simulator's are ignored."""
-
-    do_remote_decode: bool = False
-    do_remote_prefill: bool = False
-    remote_engine_id: str | None = None
-    remote_request_id: str | None = None
-    remote_host: str | None = None
-    remote_port: int | None = None
-    remote_num_tokens: int = 0
 
 
 class Lent(Struct):

@@ -32,7 +32,7 @@ from workers_agent.simulator.driver import Driver, Reply
 from workers_agent.simulator.engine_metrics import EngineMetrics
 from workers_agent.simulator.faults import Fault, FaultPlan, Faults, kill_myself
 from workers_agent.simulator.kv_events import KVEventPublisher
-from workers_agent.simulator.kv_transfer import KVTransfer, Lender, borrow
+from workers_agent.simulator.kv_transfer import Lender, borrow
 from workers_agent.simulator.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
@@ -240,13 +240,7 @@ class Simulator:
             return _refuse(refusal)
         if self.settings.profile.request_s:
             await self._driver.wait_until(began_s + self.settings.profile.request_s)
-        transfer = ask.kv_transfer or {}
-        reply = self._driver.submit(
-            ask,
-            began_s,
-            keeps=bool(transfer.get("do_remote_decode")),
-            is_remote=bool(transfer.get("do_remote_prefill")),
-        )
+        reply = self._driver.submit(ask, began_s)
         try:
             if ask.stream:
                 return await self._stream(request, reply, fault)
@@ -276,12 +270,7 @@ class Simulator:
             raise Refusal(429, "TooManyRequests", f"{held} sequences are already held: try again later")
 
     def _check_transfer(self, ask: Ask) -> None:
-        if ask.kv_transfer is None:
-            return
-        try:
-            transfer = msgspec.convert(ask.kv_transfer, KVTransfer)
-        except msgspec.ValidationError as error:
-            raise Refusal(400, "BadRequestError", f"kv_transfer_params: {error}") from None
+        transfer = ask.kv_transfer
         if (transfer.do_remote_decode or transfer.do_remote_prefill) and ask.sequences != 1:
             raise Refusal(400, "BadRequestError", "kv_transfer_params: expected one prompt and one choice")
         if transfer.do_remote_prefill and not (
@@ -331,16 +320,15 @@ class Simulator:
     def _lent(self, reply: Reply) -> dict[str, Any] | None:
         """What a finished prompt is lent with, when that was asked for."""
         ask = reply.ask
-        if not (ask.kv_transfer or {}).get("do_remote_decode"):
+        if not ask.kv_transfer.do_remote_decode:
             return None
         block = self.settings.profile.block_tokens
         return self.lender.lend(ask.id, reply.keys[0], len(ask.prompts[0]), *self._address, block)
 
     async def _pull(self, ask: Ask, tokens: int) -> None:
         assert self._session is not None
-        transfer = msgspec.convert(ask.kv_transfer, KVTransfer)
         seconds = HOP_S + tokens * self.settings.profile.kv_token_bytes / LINK_BYTES_PER_S
-        await borrow(self._session, transfer, self._driver.wait, len(ask.prompts[0]), seconds)
+        await borrow(self._session, ask.kv_transfer, self._driver.wait, len(ask.prompts[0]), seconds)
 
     async def _lend(self, request: web.Request) -> web.Response:
         asked = request.query

@@ -39,6 +39,18 @@ class _StreamOptions(Struct):
     continuous_usage_stats: bool = False
 
 
+class KVTransfer(Struct):
+    """What a request says of blocks; fields that are none of a simulator's are ignored."""
+
+    do_remote_decode: bool = False
+    do_remote_prefill: bool = False
+    remote_engine_id: str | None = None
+    remote_request_id: str | None = None
+    remote_host: str | None = None
+    remote_port: int | None = None
+    remote_num_tokens: int = 0
+
+
 class _Body(Struct, kw_only=True):
     model: str
     stream: bool | None = False
@@ -47,7 +59,7 @@ class _Body(Struct, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = 1
     return_token_ids: bool | None = False
     cache_salt: str | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    kv_transfer_params: KVTransfer | None = None
 
 
 class _Completions(_Body, kw_only=True):
@@ -93,7 +105,7 @@ class Ask:
     continuous_usage: bool
     return_token_ids: bool
     salt: str
-    kv_transfer: dict[str, Any] | None = None
+    kv_transfer: KVTransfer
 
     @property
     def sequences(self) -> int:
@@ -218,7 +230,7 @@ def read_ask(body: bytes, *, is_chat: bool, id: str) -> Ask:
         continuous_usage=options.continuous_usage_stats,
         return_token_ids=bool(read.return_token_ids),
         salt=read.cache_salt or "",
-        kv_transfer=read.kv_transfer_params,
+        kv_transfer=read.kv_transfer_params or KVTransfer(),
     )
 
 
