@@ -123,7 +123,8 @@ class _Sentinels(Sentinel):
             ConnectionError: none of them names one that lives.
         """
         wrong = []
-        for number, sentinel in enumerate(self.sentinels):
+        # A copy: searches run beside each other, and each of them may change the order.
+        for sentinel in list(self.sentinels):
             try:
                 known: Any = await sentinel.sentinel_masters()
                 state = known.get(service_name)
@@ -134,7 +135,8 @@ class _Sentinels(Sentinel):
                 wrong.append(f"{_address(sentinel)}: {error or type(error).__name__}")
                 continue
             if state and self.check_master_state(state, service_name):
-                self.sentinels[0], self.sentinels[number] = sentinel, self.sentinels[0]
+                self.sentinels.remove(sentinel)
+                self.sentinels.insert(0, sentinel)
                 return str(state["ip"]), int(state["port"])
             wrong.append(
                 f"{_address(sentinel)} {'takes it for dead' if state else 'knows none of that name'}"

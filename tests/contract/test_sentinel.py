@@ -14,6 +14,7 @@ from redis.exceptions import ConnectionError, RedisError
 from dispatcher.backends.access import RedisAccess
 from dispatcher.backends.connect import connect_redis
 from dispatcher.backends.leader_lock import LeaderLock, Lease
+from dispatcher.backends.redis_connection import sentinels_of
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.doctor.command import examine, exit_code
 from dispatcher.doctor.facts import Finding, Status
@@ -100,6 +101,20 @@ async def test_client_goes_on_while_no_sentinel_answers(replicated: ReplicatedVa
         await asyncio.wait([pool._looking])
         assert pool._looking.exception() is None
         assert await client.client_id() == connection
+    finally:
+        await client.aclose()
+
+
+async def test_sentinels_asked_by_many_at_once_are_all_kept(replicated: ReplicatedValkey) -> None:
+    """Who finds the first one dead moves the next to its place; at the end all of them are closed."""
+    client = connect_redis(replicated.url)
+    try:
+        await client.set("k", "before")
+        before = sentinels_of(client)
+        replicated.sentinels[0].kill()
+        manager = client.connection_pool.sentinel_manager
+        await asyncio.gather(*(manager.discover_master(SERVICE) for _ in range(5)))
+        assert sentinels_of(client) == before
     finally:
         await client.aclose()
 
