@@ -149,6 +149,11 @@ class ApacheKafka:
         return self._process.is_running
 
     @property
+    def files(self) -> list[Path]:
+        """The segments of all its topics."""
+        return list((self.folder / "data").glob("*/*.log"))
+
+    @property
     def start_s(self) -> float:
         """How long the last start took, seconds."""
         return self._process.start_s

@@ -24,7 +24,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,7 +32,7 @@ from dispatcher.audit import AuditResult, audit
 from dispatcher.audit import as_text as audit_text
 from dispatcher.client.client import Client
 from dispatcher.errors import LogUnavailable, SettingsError
-from dispatcher.local.chaos_faults import Chaos
+from dispatcher.local.chaos_faults import PATIENCE_MS, Chaos
 from dispatcher.local.chaos_report import (
     DoneFault,
     Increments,
@@ -46,14 +45,16 @@ from dispatcher.local.chaos_report import (
 from dispatcher.local.chaos_schedule import (
     KAFKA_NETWORK,
     NETWORK,
+    SLOW_DISKS,
     STANDBY,
     FaultKind,
     PlannedFault,
     plan_faults,
 )
 from dispatcher.local.embedded_kafka import EmbeddedKafka
+from dispatcher.local.redis_network import RedisNetwork
+from dispatcher.local.slow_disk import why_no_slow_disk
 from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
-from dispatcher.local.tcp_proxy import TcpProxy
 
 PATIENCE_S = 120.0
 """How long answers are waited for after the last request."""
@@ -65,7 +66,7 @@ RECOVERY_S = 20.0
 POLL_S = 0.05
 SHOW_EVERY_S = 0.5
 LOOK_EVERY_S = 2.0
-NEEDS_APACHE = KAFKA_NETWORK | {FaultKind.KILL_KAFKA}
+NEEDS_APACHE = KAFKA_NETWORK | {FaultKind.KILL_KAFKA, FaultKind.SLOW_DISK_KAFKA}
 RESUMED_TOKENS = "flexlb_agent_resumed_tokens"
 SHORT_TOKENS = (4, 32)
 ENDPOINT = "/v1/completions"
@@ -91,6 +92,8 @@ kinds of fault:
   stall-, fail-, slow-, crash-engine   answers fall silent, fail, take 20 times as long, or kill it half-way
   lose-redis     kill -9, and all its data is deleted
   refuse-redis   every connection closed, new ones refused
+  failover-redis   kill -9; Sentinels promote the replica, which misses the last writes in half of the cases
+  slow-disk-*    each write to the append-only file, or to a topic's segment, takes long; needs strace
   cut-*, slow-*  the network between an agent or dispatcher and Redis is silent, or adds 0.1 s each way
 {KINDS}
   cut-kafka, slow-kafka    the same between everybody and Kafka, with 0.15 to 0.5 s each way
@@ -186,30 +189,36 @@ async def run_chaos(options: argparse.Namespace) -> int:
 
 async def _chaos(options: argparse.Namespace) -> int:
     seconds = options.minutes * 60
-    _check(options, seconds)
+    chosen = await _chosen(options)
+    plan_faults(
+        options.seed, seconds, sorted(chosen), overlap=options.overlap
+    )  # long enough, before any start
     base = StackSettings(
         nodes=options.nodes,
         dispatchers=options.dispatchers,
         broker=options.kafka,
-        kafka_proxy=bool(KAFKA_NETWORK & set(options.faults or FaultKind)),
+        redis_replica=FaultKind.FAILOVER_REDIS in chosen,
+        kafka_proxy=bool(KAFKA_NETWORK & chosen),
         agent_flags=AGENT_FLAGS,
         dispatcher_flags=("--seed", str(options.seed + 1)),
     )
     async with AsyncExitStack() as cleanup:
         folder = options.folder or Path(cleanup.enter_context(_temporary_folder()))
         servers = await cleanup.enter_async_context(LocalServers(base, folder, tell=_say))
-        kinds = _possible(options, servers)
+        kinds = _possible(options, chosen, servers)
         planned = plan_faults(options.seed, seconds, kinds, overlap=options.overlap)
-        proxies: dict[str, TcpProxy] = {}
+        if servers.replicated is not None:
+            await servers.replicated.wait_before_vote(PATIENCE_MS)
+        networks: dict[str, RedisNetwork] = {}
         if NETWORK & set(kinds):
-            proxies = await cleanup.enter_async_context(_proxied(servers, base))
-        urls = {name: f"redis://127.0.0.1:{proxy.port}/0" for name, proxy in proxies.items()}
+            networks = await cleanup.enter_async_context(_networks(servers, base))
+        urls = {name: network.url for name, network in networks.items()}
         settings = replace(base, redis_urls=urls)
         stack = await cleanup.enter_async_context(
             LocalStack(settings, folder=folder, servers=servers, tell=_say)
         )
         _say(f"the stack is up; {len(planned)} faults in {seconds:.0f} s at {options.rate:g} requests/s")
-        run = _Run(stack, proxies, planned, options)
+        run = _Run(stack, networks, planned, options)
         await run.go(seconds)
         _say("auditing the raw topics")
         found = await audit(stack.kafka, settings.pool, settle_s=SETTLE_S)
@@ -246,43 +255,60 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="flexlb-", ignore_cleanup_errors=True)
 
 
-def _check(options: argparse.Namespace, seconds: float) -> None:
-    """Refuse what can't be run before anything is started."""
+async def _chosen(options: argparse.Namespace) -> set[FaultKind]:
+    """The kinds chosen, without those that this machine can't do; nothing is started yet.
+
+    Raises:
+        SettingsError: one of those was asked for by name.
+    """
     kinds = set(options.faults or FaultKind)
     if options.dispatchers < 2:
         if STANDBY & set(options.faults or ()):
             raise SettingsError("--dispatchers: expected at least 2 for faults of a standby, seen 1")
         kinds -= STANDBY
-    plan_faults(options.seed, seconds, list(kinds), overlap=options.overlap)
+    if kinds & SLOW_DISKS and (why := await why_no_slow_disk()):
+        kinds = _without(options, kinds, SLOW_DISKS, "the right to trace by strace", why)
+    return kinds
 
 
-def _possible(options: argparse.Namespace, servers: LocalServers) -> list[FaultKind]:
-    """The kinds chosen, without those that prove nothing here."""
-    kinds = set(options.faults or FaultKind)
-    if options.dispatchers < 2:
-        kinds -= STANDBY
-    if isinstance(servers.broker, EmbeddedKafka) and (unfit := kinds & NEEDS_APACHE):
-        names = ", ".join(sorted(unfit))
+def _possible(options: argparse.Namespace, chosen: set[FaultKind], servers: LocalServers) -> list[FaultKind]:
+    """The kinds chosen, without those that prove nothing with this broker."""
+    if isinstance(servers.broker, EmbeddedKafka):
         why = "the embedded broker keeps no data and hands out its own address"
-        if options.faults:
-            raise SettingsError(f"--faults: {names}: expected Apache Kafka, seen the embedded broker; {why}")
-        kinds -= unfit
-        _say(f"without {names}: {why}")
-    return sorted(kinds)
+        chosen = _without(options, chosen, NEEDS_APACHE, "Apache Kafka", why)
+    return sorted(chosen)
+
+
+def _without(
+    options: argparse.Namespace,
+    kinds: set[FaultKind],
+    unfit: frozenset[FaultKind],
+    expected: str,
+    why: str,
+) -> set[FaultKind]:
+    """Leave out what lacks something here, and tell.
+
+    Raises:
+        SettingsError: it was asked for by name.
+    """
+    if not kinds & unfit:
+        return kinds
+    names = ", ".join(sorted(kinds & unfit))
+    if options.faults:
+        raise SettingsError(f"--faults: {names}: expected {expected}, seen none: {why}")
+    _say(f"without {names}: {why}")
+    return kinds - unfit
 
 
 @asynccontextmanager
-async def _proxied(servers: LocalServers, settings: StackSettings) -> AsyncIterator[dict[str, TcpProxy]]:
-    """A proxy to Redis for each dispatcher and agent."""
-    target = urlsplit(servers.redis)
-    assert target.hostname is not None
-    assert target.port is not None
+async def _networks(servers: LocalServers, settings: StackSettings) -> AsyncIterator[dict[str, RedisNetwork]]:
+    """A network to Redis for each dispatcher and agent."""
+    redis = servers.replicated or servers.valkey
+    assert redis is not None
     names = [f"dispatcher-{number}" for number in range(1, settings.dispatchers + 1)]
     names += [f"agent-{number}" for number in range(1, settings.nodes + 1)]
     async with AsyncExitStack() as cleanup:
-        yield {
-            name: await cleanup.enter_async_context(TcpProxy(target.hostname, target.port)) for name in names
-        }
+        yield {name: await cleanup.enter_async_context(RedisNetwork(redis)) for name in names}
 
 
 class _Run:
@@ -291,7 +317,7 @@ class _Run:
     def __init__(
         self,
         stack: LocalStack,
-        proxies: dict[str, TcpProxy],
+        networks: dict[str, RedisNetwork],
         planned: list[PlannedFault],
         options: argparse.Namespace,
     ) -> None:
@@ -304,7 +330,7 @@ class _Run:
         self._overlap: bool = options.overlap
         self._rate: float = options.rate
         self._rng = random.Random(options.seed)
-        self._chaos = Chaos(stack, proxies, tell=_say, struck=self.faults.append)
+        self._chaos = Chaos(stack, networks, tell=_say, struck=self.faults.append)
         self._answered = 0
         self._served_s = 0.0
         self._last_tell_s = 0.0

@@ -17,11 +17,14 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from dispatcher.backends.connect import connect_redis
+from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.broker import Broker
 from dispatcher.local.chaos_report import DoneFault
 from dispatcher.local.chaos_schedule import FaultKind, PlannedFault
+from dispatcher.local.redis_network import RedisNetwork
+from dispatcher.local.sentinel import DOWN_AFTER_MS, attach, detach
+from dispatcher.local.slow_disk import slow_disk
 from dispatcher.local.stack import LocalStack, Member
-from dispatcher.local.tcp_proxy import TcpProxy
 from dispatcher.local.valkey import ValkeyServer
 
 LEADER_WAIT_S = 10.0
@@ -35,6 +38,17 @@ SLOW_STEPS = 20
 POLL_S = 0.05
 USUAL_CLIENTS = 10_000
 """Valkey's own `maxclients`."""
+VOTE_AFTER_MS = DOWN_AFTER_MS
+"""Silence after which Sentinels vote in a failover..."""
+PATIENCE_MS = 60_000
+"""...and in all other faults, which would be failovers too."""
+MISSED_S = 0.5
+"""For how long a replica is behind in half of the failovers."""
+SLOW_AOF_WRITES_S = (0.3, 1.5)
+SLOW_AOF_SYNC_S = 2.5
+"""Longer than the 2 s for which Valkey holds back its writes while a sync is under way."""
+SLOW_SEGMENT_WRITES_S = (0.05, 0.2)
+SLOW_SEGMENT_SYNC_S = 0.5
 REDIS, KAFKA = "redis", "kafka"
 
 
@@ -42,7 +56,7 @@ class Chaos:
     """Breaks one stack.
 
     Args:
-        proxies: by member's name, the proxy through which it reaches Redis.
+        networks: by member's name, the network through which it reaches Redis.
         tell: takes a line for people per fault.
         struck: takes each fault as it strikes.
     """
@@ -50,17 +64,15 @@ class Chaos:
     def __init__(
         self,
         stack: LocalStack,
-        proxies: Mapping[str, TcpProxy],
+        networks: Mapping[str, RedisNetwork],
         *,
         tell: Callable[[str], None],
         struck: Callable[[DoneFault], None],
     ) -> None:
-        assert stack.valkey is not None
         assert stack.broker is not None
         self._stack = stack
-        self._valkey: ValkeyServer = stack.valkey
         self._broker: Broker = stack.broker
-        self._proxies = proxies
+        self._networks = networks
         self._tell = tell
         self._struck = struck
         self._held: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -93,6 +105,12 @@ class Chaos:
                 FaultKind.KILL_REDIS | FaultKind.LOSE_REDIS | FaultKind.FREEZE_REDIS | FaultKind.REFUSE_REDIS
             ):
                 await self._break_redis(fault)
+            case FaultKind.FAILOVER_REDIS:
+                await self._fail_over(fault)
+            case FaultKind.SLOW_DISK_REDIS:
+                await self._slow_aof(fault)
+            case FaultKind.SLOW_DISK_KAFKA:
+                await self._slow_segments(fault)
             case FaultKind.CUT_KAFKA | FaultKind.SLOW_KAFKA:
                 await self._disturb_kafka(fault)
             case FaultKind.KILL_KAFKA | FaultKind.FREEZE_KAFKA:
@@ -194,8 +212,8 @@ class Chaos:
             await self._stack.start_member(engine)
 
     async def _break_redis(self, fault: PlannedFault) -> None:
-        valkey = self._valkey
         async with self._held[REDIS]:
+            valkey = await self._primary()
             self._strike(fault, REDIS)
             match fault.kind:
                 case FaultKind.KILL_REDIS:
@@ -213,18 +231,55 @@ class Chaos:
                     finally:
                         valkey.thaw()
                 case _:
-                    await self._refuse_redis(fault.lasts_s)
+                    await _refuse_redis(valkey, fault.lasts_s)
 
-    async def _refuse_redis(self, lasts_s: float) -> None:
-        """Close every connection and answer new ones with an error: the server has one client, us."""
-        client = connect_redis(self._valkey.url, timeout_s=30.0, max_connections=1)
-        try:
-            await client.config_set("maxclients", 1)
-            await client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            await asyncio.sleep(lasts_s)
-        finally:
-            await _let_everybody_in(client)
-            await client.aclose()
+    async def _primary(self) -> ValkeyServer:
+        servers = self._stack.servers
+        if servers.replicated is not None:
+            return await servers.replicated.primary()
+        assert servers.valkey is not None
+        return servers.valkey
+
+    async def _fail_over(self, fault: PlannedFault) -> None:
+        """Kill the primary; once its replica took over, start it again: Sentinels make a replica of it."""
+        redis = self._stack.servers.replicated
+        assert redis is not None
+        async with self._held[REDIS]:
+            await redis.until_healthy()
+            primary, replica = await redis.primary(), await redis.replica()
+            is_behind = fault.draw < 0.5
+            if is_behind:
+                await detach(replica)
+                await asyncio.sleep(MISSED_S)
+            await redis.wait_before_vote(VOTE_AFTER_MS)
+            self._strike(fault, f"{REDIS}, whose replica is {'behind' if is_behind else 'in sync'}")
+            primary.kill()
+            await redis.until_promoted(primary)
+            await redis.wait_before_vote(PATIENCE_MS)
+            if is_behind:
+                await attach(replica)
+            await asyncio.sleep(fault.lasts_s)
+            await primary.start()
+            await redis.until_healthy()
+
+    async def _slow_aof(self, fault: PlannedFault) -> None:
+        async with self._held[REDIS]:
+            valkey = await self._primary()
+            write_s = _between(SLOW_AOF_WRITES_S, fault.draw)
+            slow = slow_disk(valkey.pid, valkey.files, write_s=write_s, sync_s=SLOW_AOF_SYNC_S)
+            async with slow:
+                self._strike(fault, f"{REDIS}, {write_s * 1000:.0f} ms a write")
+                await asyncio.sleep(fault.lasts_s)
+
+    async def _slow_segments(self, fault: PlannedFault) -> None:
+        broker = self._broker
+        assert isinstance(broker, ApacheKafka)
+        async with self._held[KAFKA]:
+            write_s = _between(SLOW_SEGMENT_WRITES_S, fault.draw)
+            slow = slow_disk(broker.pid, broker.files, write_s=write_s, sync_s=SLOW_SEGMENT_SYNC_S)
+            async with slow:
+                self._strike(fault, f"{KAFKA}, {write_s * 1000:.0f} ms a write")
+                await asyncio.sleep(fault.lasts_s)
 
     async def _break_kafka(self, fault: PlannedFault) -> None:
         broker = self._broker
@@ -249,8 +304,7 @@ class Chaos:
             if fault.kind is FaultKind.CUT_KAFKA:
                 proxy.cut()
             else:
-                least_s, most_s = SLOW_KAFKA_DELAYS_S
-                proxy.delay_s = least_s + fault.draw * (most_s - least_s)
+                proxy.delay_s = _between(SLOW_KAFKA_DELAYS_S, fault.draw)
             try:
                 await asyncio.sleep(fault.lasts_s)
             finally:
@@ -258,16 +312,33 @@ class Chaos:
 
     async def _disturb(self, fault: PlannedFault, *, is_cut: bool) -> None:
         async with self._victim(fault) as member:
-            proxy = self._proxies[member.name]
+            network = self._networks[member.name]
             self._strike(fault, member.name)
             if is_cut:
-                proxy.cut()
+                network.cut()
             else:
-                proxy.delay_s = SLOW_DELAY_S
+                network.slow(SLOW_DELAY_S)
             try:
                 await asyncio.sleep(fault.lasts_s)
             finally:
-                proxy.heal()
+                network.heal()
+
+
+def _between(bounds: tuple[float, float], draw: float) -> float:
+    least, most = bounds
+    return least + draw * (most - least)
+
+
+async def _refuse_redis(valkey: ValkeyServer, lasts_s: float) -> None:
+    """Close every connection and answer new ones with an error: the server has one client, us."""
+    client = connect_redis(valkey.url, timeout_s=30.0, max_connections=1)
+    try:
+        await client.config_set("maxclients", 1)
+        await client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await asyncio.sleep(lasts_s)
+    finally:
+        await _let_everybody_in(client)
+        await client.aclose()
 
 
 async def _let_everybody_in(client: Redis) -> None:

@@ -15,7 +15,7 @@ from dispatcher.errors import SettingsError
 
 LEAST_SLOT_S, SLOT_S = 6.0, 8.0
 """Least and usual time from one fault to the next, one at a time."""
-OVERLAP_LEAST_SLOT_S, OVERLAP_SLOT_S = 2.5, 3.4
+OVERLAP_LEAST_SLOT_S, OVERLAP_SLOT_S = 2.5, 3.3
 """The same when faults may overlap."""
 CALM_S = 3.0
 """Load without faults before the first one and after the last one's slot."""
@@ -42,10 +42,13 @@ class FaultKind(StrEnum):
     FREEZE_REDIS = "freeze-redis"
     LOSE_REDIS = "lose-redis"
     REFUSE_REDIS = "refuse-redis"
+    FAILOVER_REDIS = "failover-redis"
+    SLOW_DISK_REDIS = "slow-disk-redis"
     KILL_KAFKA = "kill-kafka"
     FREEZE_KAFKA = "freeze-kafka"
     CUT_KAFKA = "cut-kafka"
     SLOW_KAFKA = "slow-kafka"
+    SLOW_DISK_KAFKA = "slow-disk-kafka"
     CUT_AGENT = "cut-agent"
     SLOW_AGENT = "slow-agent"
     CUT_DISPATCHER = "cut-dispatcher"
@@ -58,6 +61,8 @@ NETWORK = frozenset(
 """Kinds that need members to reach Redis through a proxy of ours."""
 KAFKA_NETWORK = frozenset({FaultKind.CUT_KAFKA, FaultKind.SLOW_KAFKA})
 """Kinds that need everybody to reach Kafka through a proxy of ours, whose address the broker hands out."""
+SLOW_DISKS = frozenset({FaultKind.SLOW_DISK_REDIS, FaultKind.SLOW_DISK_KAFKA})
+"""Kinds that need strace, and the right to trace."""
 STANDBY = frozenset({FaultKind.KILL_STANDBY, FaultKind.FREEZE_STANDBY})
 """Kinds that need a second dispatcher."""
 
@@ -80,17 +85,21 @@ LASTS_S: dict[FaultKind, tuple[float, float]] = {
     FaultKind.FREEZE_REDIS: (3.0, 3.0),
     FaultKind.LOSE_REDIS: (0.2, 2.0),
     FaultKind.REFUSE_REDIS: (1.0, 4.0),
+    FaultKind.FAILOVER_REDIS: (0.5, 2.0),
+    FaultKind.SLOW_DISK_REDIS: (3.0, 5.0),
     FaultKind.KILL_KAFKA: (0.2, 1.0),
     FaultKind.FREEZE_KAFKA: (1.0, 4.0),
     FaultKind.CUT_KAFKA: (1.0, 4.0),
     FaultKind.SLOW_KAFKA: (3.0, 5.0),
+    FaultKind.SLOW_DISK_KAFKA: (3.0, 5.0),
     FaultKind.CUT_AGENT: (1.0, 4.0),
     FaultKind.SLOW_AGENT: (2.0, 4.0),
     FaultKind.CUT_DISPATCHER: (1.0, 5.0),
     FaultKind.SLOW_DISPATCHER: (2.0, 4.0),
 }
 """How long each lasts, from and to, before what was broken is mended or started again. The TTLs are 3 s for a
-leader and 2 s for an agent; an engine is given up after 3 s without a token."""
+leader and 2 s for an agent; an engine is given up after 3 s without a token. A primary that failed over is
+started again so long after another took its place."""
 
 
 @dataclass(frozen=True, kw_only=True)

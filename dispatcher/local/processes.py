@@ -213,7 +213,7 @@ class ServerProcess:
                     stderr=subprocess.STDOUT,
                     pass_fds=(lock,),
                     start_new_session=self._own_session,
-                    preexec_fn=_death_with_parent(),
+                    preexec_fn=death_with_parent(),
                 )
             except OSError as error:
                 raise ServerError(f"expected {self.name} to start from {argv[0]}, but: {error}") from error
@@ -269,7 +269,7 @@ async def accepts_connections(port: int) -> bool:
     return True
 
 
-def _death_with_parent() -> Callable[[], None] | None:
+def death_with_parent() -> Callable[[], None] | None:
     """What the child does before it becomes the server; nothing where the system lacks prctl."""
     try:
         prctl = ctypes.CDLL(None).prctl

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,8 +50,12 @@ class ReplicatedValkey:
     @property
     def url(self) -> str:
         """Its address for every process of a pool."""
-        hosts = ",".join(f"{HOST}:{sentinel.port}" for sentinel in self.sentinels)
-        return f"redis+sentinel://{hosts}/{SERVICE}/0"
+        return sentinel_url(sentinel.port for sentinel in self.sentinels)
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return f"Valkey with a replica and {len(self.sentinels)} Sentinels, {self.url}"
 
     async def __aenter__(self) -> Self:
         try:
@@ -79,7 +84,7 @@ class ReplicatedValkey:
             for sentinel in self.sentinels:
                 sentinel.configure(self._configuration(sentinel))
                 group.create_task(sentinel.start())
-        await until(self.is_healthy, "every Sentinel to see the primary, its replica and the others")
+        await self.until_healthy()
 
     def _configuration(self, sentinel: ValkeyServer) -> list[str]:
         others = [one for one in self.sentinels if one is not sentinel]
@@ -112,16 +117,37 @@ class ReplicatedValkey:
     async def is_healthy(self) -> bool:
         """Whether all Sentinels agree on a living primary with a replica that is in sync."""
         try:
-            primary = await self.primary()
             for sentinel in self.sentinels:
                 state = dict(_pairs(await command(sentinel, "SENTINEL", "MASTER", SERVICE)))
                 agrees = state["flags"] == "master" and int(state["num-slaves"]) == 1
                 if not agrees or int(state["num-other-sentinels"]) != len(self.sentinels) - 1:
                     return False
-            (other,) = (server for server in self.servers if server is not primary)
-            return await is_in_sync(other)
+            return await is_in_sync(await self.replica())
         except (RedisError, OSError, ServerError):
             return False
+
+    async def replica(self) -> ValkeyServer:
+        """The server that is not the primary.
+
+        Raises:
+            ServerError: as `primary`.
+        """
+        primary = await self.primary()
+        (other,) = (server for server in self.servers if server is not primary)
+        return other
+
+    async def wait_before_vote(self, down_after_ms: int) -> None:
+        """Have the Sentinels take a primary for dead after so long a silence, from now on."""
+        for sentinel in self.sentinels:
+            await command(sentinel, "SENTINEL", "SET", SERVICE, "down-after-milliseconds", down_after_ms)
+
+    async def until_healthy(self) -> None:
+        """Wait until everybody agrees on a living primary, and its replica is in sync.
+
+        Raises:
+            ServerError: they do not in time.
+        """
+        await until(self.is_healthy, "every Sentinel to see the primary, its replica and the others")
 
     async def failover(self) -> None:
         """Have the Sentinels swap primary and replica while both live; returns once they agree on it."""
@@ -148,6 +174,11 @@ async def detach(replica: ValkeyServer) -> None:
     await command(replica, "CONFIG", "SET", "primaryauth", NOBODY)
     await command(replica, "CLIENT", "KILL", "TYPE", "primary")
     await until(lambda: _is_cut_off(replica), "the replica to lose its primary")
+
+
+async def attach(replica: ValkeyServer) -> None:
+    """Let a server that was detached follow a primary again, when it is to."""
+    await command(replica, "CONFIG", "SET", "primaryauth", "")
 
 
 async def is_in_sync(replica: ValkeyServer) -> bool:
@@ -184,6 +215,11 @@ async def until(holds: Any, what: str) -> None:
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise ServerError(f"expected {what} within {READY_TIMEOUT_S:.0f} s") from None
+
+
+def sentinel_url(ports: Iterable[int]) -> str:
+    """The address of a pool's Redis by the ports of its Sentinels on this machine."""
+    return f"redis+sentinel://{','.join(f'{HOST}:{port}' for port in ports)}/{SERVICE}/0"
 
 
 def _id(sentinel: ValkeyServer) -> str:

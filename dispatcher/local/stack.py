@@ -24,6 +24,7 @@ from dispatcher.errors import LogUnavailable, ServerError
 from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.broker import Broker, BrokerKind, choose_broker
 from dispatcher.local.processes import HOST, ReservedPort, ServerProcess
+from dispatcher.local.sentinel import ReplicatedValkey
 from dispatcher.local.tcp_proxy import TcpProxy
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Names
@@ -41,6 +42,7 @@ class StackSettings:
     `redis`, `kafka` and `engines` name servers that exist, instead of local ones; one engine per node.
     Simulated engines have the profile of that name, with `kv_blocks` blocks of KV cache each when that is not
     0, and whatever `engine_flags` of `flexlb engine-sim` say; `time_scale` is wall seconds per modelled one.
+    With `redis_replica` a local Redis has a replica, and Sentinels that everybody asks for the primary.
     With `kafka_proxy` everybody reaches a local Apache Kafka through a proxy of ours, which can be cut.
     `roles`, when given, has one for each node: all else are fused.
     `redis_urls` gives some members, by name, another way to the same Redis.
@@ -62,6 +64,7 @@ class StackSettings:
     policy: str = "prefill_cost"
     dispatcher_flags: tuple[str, ...] = ()
     agent_flags: tuple[str, ...] = ()
+    redis_replica: bool = False
     kafka_proxy: bool = False
     redis_urls: Mapping[str, str] = field(default_factory=dict)
     profile: str = "h100-llama-8b"
@@ -165,6 +168,7 @@ class LocalServers:
         self.broker: Broker | None = None
         self.kafka_proxy: TcpProxy | None = None
         self.valkey: ValkeyServer | None = None
+        self.replicated: ReplicatedValkey | None = None
 
     @property
     def kafka(self) -> str:
@@ -176,7 +180,8 @@ class LocalServers:
     @property
     def redis(self) -> str:
         """Redis URL."""
-        return self._settings.redis or (self.valkey.url if self.valkey else "")
+        local = self.valkey or self.replicated
+        return self._settings.redis or (local.url if local else "")
 
     async def __aenter__(self) -> Self:
         try:
@@ -204,14 +209,17 @@ class LocalServers:
         async with asyncio.TaskGroup() as group:
             if self.broker is not None:
                 group.create_task(self.broker.start())
-            if not settings.redis:
+            if not settings.redis and settings.redis_replica:
+                self.replicated = ReplicatedValkey(self._folder / "redis")
+                group.create_task(self._stack.enter_async_context(self.replicated))
+            elif not settings.redis:
                 self.valkey = ValkeyServer(self._folder / "valkey")
                 self._stack.push_async_callback(self.valkey.stop)
                 group.create_task(self.valkey.start())
         if self.broker is not None:
             self._tell(f"{self.broker.description} (ready in {self.broker.start_s:.1f} s)")
-        if self.valkey is not None:
-            self._tell(self.valkey.description)
+        if (local := self.valkey or self.replicated) is not None:
+            self._tell(local.description)
 
 
 class LocalStack:
@@ -256,7 +264,7 @@ class LocalStack:
 
     @property
     def valkey(self) -> ValkeyServer | None:
-        """The local Valkey, None when Redis is somebody else's."""
+        """The one local Valkey, None when Redis is somebody else's or has a replica."""
         return self.servers.valkey
 
     @property

@@ -2,24 +2,31 @@
 
 A cut is silence, as a network's is: connections stay open, nothing arrives, new ones get no answer, and what
 was under way arrives once the cut is healed. Each delayed piece waits for the one before it, so a slow
-network is narrow too.
+network is narrow too. Lines of a server's may be replaced: addresses that it names, by those that lead here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 PIECE_BYTES = 1 << 16
+END = b"\r\n"
 
 
 class TcpProxy:
-    """One listener on 127.0.0.1 in front of one server: `async with TcpProxy(host, port) as proxy`."""
+    """One listener on 127.0.0.1 in front of one server: `async with TcpProxy(host, port) as proxy`.
 
-    def __init__(self, host: str, port: int) -> None:
+    Args:
+        lines: what the server's lines become that are exactly this, less their end (CR LF).
+    """
+
+    def __init__(self, host: str, port: int, *, lines: Mapping[bytes, bytes] | None = None) -> None:
         self._target = (host, port)
+        self._lines = lines or {}
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._whole = asyncio.Event()
@@ -78,8 +85,8 @@ class TcpProxy:
         far_writer: asyncio.StreamWriter,
     ) -> None:
         """Carry both ways until either side ends, which ends both."""
-        there = asyncio.create_task(self._carry(reader, far_writer))
-        back = asyncio.create_task(self._carry(far_reader, writer))
+        there = asyncio.create_task(self._carry(reader, far_writer, {}))
+        back = asyncio.create_task(self._carry(far_reader, writer, self._lines))
         try:
             await asyncio.wait({there, back}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -88,12 +95,20 @@ class TcpProxy:
             await asyncio.gather(there, back, return_exceptions=True)
             far_writer.close()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lines: Mapping[bytes, bytes]
+    ) -> None:
+        rest = b""
         with contextlib.suppress(OSError):
             while piece := await reader.read(PIECE_BYTES):
+                if lines:
+                    # An unfinished line waits for its end: replies that are whole end with one.
+                    *whole, rest = (rest + piece).split(END)
+                    piece = b"".join(lines.get(line, line) + END for line in whole)
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 await self._whole.wait()
                 writer.write(piece)
                 await writer.drain()
             await self._whole.wait()  # nor does an end pass through a cut
+            writer.write(rest)

@@ -161,6 +161,11 @@ class ValkeyServer:
         """SIGCONT."""
         self._process.thaw()
 
+    @property
+    def files(self) -> list[Path]:
+        """What it appends its data to."""
+        return list((self.folder / "appendonlydir").glob("*.incr.aof"))
+
     async def wipe(self) -> None:
         """Kill it and delete its data, so that the next start is empty."""
         self._process.kill()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dispatcher.local.chaos_schedule import FaultKind
+from dispatcher.local.slow_disk import why_no_slow_disk
 from tests.e2e.test_cli import children_of, flexlb, started, still_there
 
 pytestmark = [pytest.mark.kafka]
@@ -44,6 +45,19 @@ async def test_several_kinds_of_fault_lose_nothing_and_answer_once(tmp_path: Pat
 
 
 @pytest.mark.timeout(180)
+async def test_a_failover_and_slow_disks_lose_nothing_and_answer_once(tmp_path: Path) -> None:
+    if why := await why_no_slow_disk():
+        pytest.skip(why)
+    flags = ("--seed", "3", "--minutes", "0.4", "--rate", "20", "--nodes", "2", "--dispatchers", "2")
+    kinds = "failover-redis,slow-disk-redis,slow-disk-kafka,cut-agent"
+    found = await report_of(tmp_path, *flags, "--faults", kinds, timeout_s=170)
+    assert found["requests"] == found["outcomes"]["Completed"] >= 480
+    assert set(found["faults"]) == set(kinds.split(","))
+    # The dead primary is missed for as long as the Sentinels wait before they vote.
+    assert found["faults"]["failover-redis"]["gap_max_ms"] > 1000
+
+
+@pytest.mark.timeout(180)
 async def test_sigterm_in_mid_run_leaves_nothing(tmp_path: Path) -> None:
     flags = ("--seed", "1", "--minutes", "5", "--rate", "5", "--nodes", "1", "--faults", "freeze-agent")
     async with started("chaos", *flags, environment={"TMPDIR": str(tmp_path)}) as process:
@@ -70,11 +84,15 @@ async def test_sigterm_in_mid_run_leaves_nothing(tmp_path: Path) -> None:
             ["--seed", "1", "--minutes", "1", "--dispatchers", "1", "--faults", "kill-standby"],
             "--dispatchers: expected at least 2",
         ),
+        (
+            ["--seed", "1", "--minutes", "1", "--faults", "slow-disk-redis,kill-agent"],
+            "slow-disk-redis: expected the right to trace by strace, seen none: there is no strace in PATH",
+        ),
     ],
-    ids=["too short", "unknown kind", "no standby"],
+    ids=["too short", "unknown kind", "no standby", "no strace"],
 )
 async def test_what_cannot_be_run_is_refused_before_anything_starts(flags: list[str], words: str) -> None:
-    code, _, err = await flexlb("chaos", *flags)
+    code, _, err = await flexlb("chaos", *flags, environment={"PATH": "/nowhere"})
     assert code == 2
     assert words in err
     assert "Valkey at" not in err

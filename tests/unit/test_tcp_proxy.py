@@ -88,6 +88,32 @@ async def test_a_new_connection_gets_no_answer_during_a_cut_nor_is_it_refused() 
             assert await reader.readexactly(5) == b"hello"
 
 
+async def test_whole_lines_of_the_server_are_replaced_however_they_arrive() -> None:
+    async with proxied() as (echo, _), TcpProxy("127.0.0.1", echo.port, lines={b"111": b"222"}) as proxy:
+        async with connected(proxy) as (reader, writer):
+            for piece in (b"$3\r\n11", b"1\r", b"\n:1111\r\n111 \r\n\r\n1", b"11\r\n"):
+                heard = echo.heard
+                writer.write(piece)
+                await writer.drain()
+                await wait_until(lambda heard=heard: echo.heard > heard, "the server to hear it")  # type: ignore[misc]
+            expected = b"$3\r\n222\r\n:1111\r\n111 \r\n\r\n222\r\n"
+            assert await reader.readexactly(len(expected)) == expected
+
+
+async def test_what_has_no_end_is_no_line_and_passes_with_the_servers_end() -> None:
+    def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"111\r\n111")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with (
+            TcpProxy("127.0.0.1", port, lines={b"111": b"222"}) as proxy,
+            connected(proxy) as (reader, _),
+        ):
+            assert await reader.read() == b"222\r\n111"
+
+
 async def test_a_slow_network_delays_each_way() -> None:
     async with proxied() as (_, proxy), connected(proxy) as (reader, writer):
         proxy.delay_s = 0.1
