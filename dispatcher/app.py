@@ -22,8 +22,10 @@ from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.scheduling.admission import AdmissionLimits
+from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.breaker import BreakerState
 from dispatcher.scheduling.choice import SchedulingParameters
+from dispatcher.scheduling.cost_based_prefill import CandidatePool, CostBased
 from dispatcher.scheduling.delayed import Delayed
 from dispatcher.scheduling.overload import OverloadParameters
 from dispatcher.scheduling.prefix_index import PrefixIndex
@@ -32,7 +34,7 @@ from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import LANE_SHARE
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
-from dispatcher.services.dispatch import Dispatch
+from dispatcher.services.dispatch import Chosen, Dispatch
 from dispatcher.services.election import Election
 from dispatcher.services.expire import Expire
 from dispatcher.services.held_outcomes import HeldOutcomes
@@ -231,15 +233,18 @@ class Dispatcher:
             )
             recovered = await recovery.recover(self._last_seen)
             endings = Endings(state, store)
+            parameters = _parameters(settings)
+            batches: Batches[Chosen] = Batches(wait_s=parameters.batch_wait_s, size=parameters.batch_size)
             scheduler = Scheduler(
                 state.fleet,
                 state.index,
                 policy=settings.policy,
                 decode_policy=settings.decode_policy,
-                parameters=_parameters(settings),
+                parameters=parameters,
                 rng=self._rng,
                 healthy_s=lambda: self.mirror.healthy.now_s,
                 now_s=state.clock.monotonic,
+                batches=batches,
             )
             state.window.longer_ms = scheduler.longer_ms
             # What waits by design must not pass for a sign of overload.
@@ -264,7 +269,9 @@ class Dispatcher:
                 carried_bytes=settings.carried_bytes,
                 span_limit=settings.span_limit,
             )
-            dispatch = Dispatch(state, store, endings, scheduler=scheduler, batch=settings.assign_batch)
+            dispatch = Dispatch(
+                state, store, endings, scheduler=scheduler, batches=batches, batch=settings.assign_batch
+            )
             recall = Recall(state, requests, limits)
             mend = Mend(state, store, self._view, recall, endings)
             guard = Guard(
@@ -339,6 +346,24 @@ def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
         lookahead_min_s=settings.lookahead_min_s,
         lookahead_max_s=settings.lookahead_max_s,
         block_size=settings.block_size,
+        batch_wait_s=settings.batch_wait_ms / 1000,
+        batch_size=settings.batch_size,
+        cost_based=CostBased(
+            tie_share=settings.cost_tie_share,
+            tie_s=settings.cost_tie_ms / 1000,
+            hotspot_multiplier=settings.cost_hotspot,
+            imbalance_multiplier=settings.cost_imbalance,
+            queue_limit=settings.cost_queue_limit,
+            hysteresis=settings.cost_hysteresis_percent / 100,
+            slo_s=settings.cost_slo_ms / 1000 if settings.cost_slo_filter else 0.0,
+            slo_margin_s=settings.cost_slo_margin_ms / 1000,
+        ),
+        ttft_pool=CandidatePool(
+            mode=settings.ttft_pool,
+            ratio=settings.ttft_pool_ratio,
+            least=settings.ttft_pool_least,
+            size=settings.ttft_pool_size,
+        ),
     )
 
 

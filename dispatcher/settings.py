@@ -5,13 +5,14 @@ A wrong value stops the process at start with the setting's name, what was expec
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from dispatcher.backends.access import AccessSettings
 from dispatcher.backends.addresses import KafkaServers, RedisUrl
+from dispatcher.backends.legacy_environment import our_policy
 from dispatcher.protocol.names import POOL_PATTERN
 
 NEEDS_RESTART = frozenset(
@@ -32,6 +33,11 @@ NEEDS_RESTART = frozenset(
 """Settings that a running dispatcher keeps: servers, addresses, and what other processes count on."""
 
 
+def lower_case(value: object) -> object:
+    """A value in lower case, where it is text."""
+    return value.lower() if isinstance(value, str) else value
+
+
 class DispatcherSettings(AccessSettings):
     """Everything a dispatcher can be told."""
 
@@ -42,14 +48,21 @@ class DispatcherSettings(AccessSettings):
     pool: str = Field(
         default="default", pattern=rf"^{POOL_PATTERN}$", max_length=64, description="pool served"
     )
-    policy: Literal[
-        "prefill_cost",
-        "least_outstanding_tokens",
-        "random",
-        "round_robin",
-        "round_robin_lowest_concurrency",
-        "shortest_ttft",
-    ] = Field(default="prefill_cost", description="how a node is chosen")
+    policy: Annotated[
+        Literal[
+            "prefill_cost",
+            "least_outstanding_tokens",
+            "random",
+            "round_robin",
+            "round_robin_lowest_concurrency",
+            "shortest_ttft",
+            "cost_based_prefill",
+        ],
+        BeforeValidator(our_policy),
+    ] = Field(
+        default="prefill_cost",
+        description="how a node is chosen; the original's spellings (COST_BASED_PREFILL) are understood too",
+    )
     decode_policy: Literal[
         "least_kv", "cost_based_decode", "COST_BASED_DECODE", "weighted_cache", "WEIGHTED_CACHE"
     ] = Field(default="least_kv", description="how a decode node is chosen once its prompt is computed")
@@ -82,6 +95,72 @@ class DispatcherSettings(AccessSettings):
     )
     candidates: int = Field(
         default=16, ge=1, le=1000, description="random nodes looked at besides holders of the prefix"
+    )
+    cost_tie_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="cost_based_prefill: share of the least score within which nodes are equal",
+    )
+    cost_tie_ms: float = Field(
+        default=20, ge=0, le=60_000, description="cost_based_prefill: nodes this near are equal too, ms"
+    )
+    cost_hotspot: float = Field(
+        default=3.0,
+        ge=1,
+        le=1_000_000,
+        description="cost_based_prefill: nodes with so many times the mean of requests are left out",
+    )
+    cost_imbalance: float = Field(
+        default=3.0,
+        ge=1,
+        le=1_000_000,
+        description="cost_based_prefill: nodes with so many times the mean wait are left out",
+    )
+    cost_queue_limit: int = Field(
+        default=64,
+        ge=1,
+        le=1_000_000,
+        description="cost_based_prefill: a node with so many requests takes no more",
+    )
+    cost_hysteresis_percent: float = Field(
+        default=15,
+        ge=0,
+        le=100,
+        description="cost_based_prefill: so much of that limit must be free before it does again, percent",
+    )
+    cost_slo_filter: bool = Field(
+        default=False, description="cost_based_prefill: whether nodes that would be too late are left out"
+    )
+    cost_slo_ms: float = Field(
+        default=500, ge=1, le=600_000, description="cost_based_prefill: what is too late, ms"
+    )
+    cost_slo_margin_ms: float = Field(
+        default=100,
+        ge=0,
+        le=600_000,
+        description="cost_based_prefill: so much earlier is too late as well, ms",
+    )
+    ttft_pool: Annotated[Literal["ratio", "fixed"], BeforeValidator(lower_case)] = Field(
+        default="ratio", description="shortest_ttft: whether a share or a number of nodes are the best"
+    )
+    ttft_pool_ratio: float = Field(
+        default=0.3, ge=0, le=1, description="shortest_ttft: the share of nodes that are the best"
+    )
+    ttft_pool_least: int = Field(
+        default=1, ge=1, le=10_000, description="shortest_ttft: the fewest nodes that are a share"
+    )
+    ttft_pool_size: int = Field(
+        default=1, ge=1, le=10_000, description="shortest_ttft: the number of nodes that are the best"
+    )
+    batch_wait_ms: float = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="how long assignments to one node wait to be handed over together, ms; 0 for not at all",
+    )
+    batch_size: int = Field(
+        default=8, ge=1, le=1024, description="so many assignments to one node wait for no more"
     )
     lookahead_min_s: float = Field(
         default=0.3, ge=0.001, le=10, description="least predicted work queued at a node, seconds"

@@ -48,15 +48,8 @@ class Engine:
     host: str
 
 
-def _policy(value: object) -> str:
-    policy = POLICIES.get(value.upper()) if isinstance(value, str) else None
-    if policy is None:
-        raise ValueError(f"one of {', '.join(POLICIES)}")
-    return policy
-
-
 POLICIES = {
-    "COST_BASED_PREFILL": "prefill_cost",
+    "COST_BASED_PREFILL": "cost_based_prefill",
     "SHORTEST_TTFT": "shortest_ttft",
     "RANDOM": "random",
     "ROUND_ROBIN": "round_robin",
@@ -64,6 +57,19 @@ POLICIES = {
     # The original gives both the same meaning.
     "LOWEST_CONCURRENCY": "round_robin_lowest_concurrency",
 }
+"""The original's names of policies, and ours."""
+
+
+def our_policy(value: object) -> object:
+    """Our name of a policy where `value` is one of the original's; any other value as it is."""
+    return POLICIES.get(value.upper(), value) if isinstance(value, str) else value
+
+
+def _policy(value: object) -> str:
+    policy = POLICIES.get(value.upper()) if isinstance(value, str) else None
+    if policy is None:
+        raise ValueError(f"one of {', '.join(POLICIES)}")
+    return policy
 
 
 def _truth(value: object) -> bool:
@@ -88,6 +94,12 @@ def _seconds(value: object) -> float:
         return _number(value) / 1000
     except ValueError:
         raise ValueError("a number of milliseconds") from None
+
+
+def _pool(value: object) -> str:
+    if isinstance(value, str) and value.lower() in {"ratio", "fixed"}:
+        return value.lower()
+    raise ValueError("RATIO or FIXED")
 
 
 def _engines(role: Role) -> Callable[[object], tuple[Engine, ...]]:
@@ -153,7 +165,11 @@ def _behaviour(*keys: str, why: str, skip: tuple[object, ...] = ()) -> tuple[Row
     return tuple(Row(document=BEHAVIOUR, key=key, why=why, skip=skip) for key in keys)
 
 
-_BATCHES = "engines batch by themselves here (continuous batching); no batch is formed before them"
+_BATCHES = (
+    "up to batch_size requests for one node wait for each other now; engines batch by themselves (continuous "
+    "batching), and where it was measured the window only cost time: better leave it out"
+)
+_NO_BATCHES = "a batch is handed over by number or time alone; see batch_wait_ms and batch_size"
 _BOUNDED = "nodes hold little work and the rest waits in Kafka; see lookahead_max_s and window_requests"
 _THREADS = "there are no thread pools to size"
 _LEARNED = "the cost of a prefill is learned from each node; see policy and pressure_s"
@@ -170,8 +186,40 @@ ROWS: tuple[Row, ...] = (
     Row(
         document=BEHAVIOUR,
         key="scoreTieThresholdPct",
-        settings=("dispatcher.near_tie",),
+        settings=("dispatcher.near_tie", "dispatcher.cost_tie_share"),
         convert=_number,
+    ),
+    *(
+        Row(document=BEHAVIOUR, key=key, settings=(f"dispatcher.{setting}",), convert=convert)
+        for key, setting, convert in (
+            ("scoreTieThresholdMs", "cost_tie_ms", _number),
+            ("costHotspotMultiplier", "cost_hotspot", _number),
+            ("costImbalanceMultiplier", "cost_imbalance", _number),
+            ("prefillQueueSizeThreshold", "cost_queue_limit", _number),
+            ("hysteresisBiasPercent", "cost_hysteresis_percent", _number),
+            ("costSloFilterEnabled", "cost_slo_filter", _truth),
+            ("costSloMs", "cost_slo_ms", _number),
+            ("costSloRiskMarginMs", "cost_slo_margin_ms", _number),
+            ("shortestTtftCandidatePoolMode", "ttft_pool", _pool),
+            ("shortestTtftCandidatePoolRatio", "ttft_pool_ratio", _number),
+            ("shortestTtftCandidatePoolMinSize", "ttft_pool_least", _number),
+            ("shortestTtftCandidatePoolSize", "ttft_pool_size", _number),
+        )
+    ),
+    *(
+        Row(
+            document=BEHAVIOUR,
+            key=key,
+            settings=("dispatcher.batch_wait_ms",),
+            convert=_number,
+            why=_BATCHES,
+            skip=(0, "0"),
+        )
+        for key in ("prefillBatchWaitTimeMs", "flexlbBatchFixedWaitMs")
+    ),
+    *(
+        Row(document=BEHAVIOUR, key=key, settings=("dispatcher.batch_size",), convert=_number)
+        for key in ("batchSize", "flexlbBatchSizeMax")
     ),
     Row(
         document=BEHAVIOUR,
@@ -186,7 +234,7 @@ ROWS: tuple[Row, ...] = (
         convert=_seconds,
     ),
     *_behaviour("deploy", why="each agent says its own role; see the agent's setting role"),
-    *_behaviour("prefillBatchWaitTimeMs", "batchSize", "flexlbBatch*", why=_BATCHES),
+    *_behaviour("flexlbBatch*", why=_NO_BATCHES),
     *_behaviour("kvCache", why="caches are followed from the engines' own events; see kv_events_endpoint"),
     *_behaviour(
         "staticCacheBlockSize",
@@ -212,20 +260,17 @@ ROWS: tuple[Row, ...] = (
         "maxNewTokensCap",
         why="one policy chooses among all nodes; see policy",
     ),
+    *_behaviour("costSloBuckets", why="the bound is one for every length; see cost_slo_ms", skip=("",)),
     *_behaviour("cost*", "prefillPredictorType", why=_LEARNED),
     *_behaviour("scoreTieRandomEnabled", why="near ties are always broken by prefix, then by chance"),
-    *_behaviour("scoreTieThresholdMs", why="near ties are a share, not a time; see near_tie"),
-    *_behaviour("shortestTtftCandidatePool*", why="candidates are counted; see candidates"),
     *_behaviour("defaultScheduleMode", "enableQueueing", why="every request is queued, in Kafka"),
     *_behaviour("maxQueueSize", why=f"a full queue refuses nobody: {_BOUNDED}"),
     *_behaviour("maxRetryCount", why="a request is tried until its deadline, with a cap for engine crashes"),
     *_behaviour(
-        "prefillQueueSizeThreshold",
         "maxPrefillQueueSize",
         "decodeAvailableMemoryThreshold",
         "decodeFullSpeedThreshold",
         "decodeStopThreshold",
-        "hysteresisBiasPercent",
         "resourceCheckIntervalMs",
         why=_BOUNDED,
     ),

@@ -25,6 +25,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.audit import as_text, audit
+from dispatcher.backends.legacy_environment import our_policy
 from dispatcher.client.client import Client
 from dispatcher.local.demo_report import Figures, comparison, figures, is_good
 from dispatcher.local.kills import KILLS, break_stack
@@ -66,9 +67,16 @@ def configure_demo(parser: argparse.ArgumentParser) -> None:
         default=0.2,
         help="wall seconds per second of the engines: 0.2 runs them five times as fast (default 0.2)",
     )
-    add("--policy", choices=list(POLICIES), default=OURS, help=f"our policy (default {OURS})")
+    add(
+        "--policy",
+        type=our_policy,
+        choices=list(POLICIES),
+        default=OURS,
+        help=f"our policy, or an original's spelling (default {OURS})",
+    )
     add(
         "--baseline",
+        type=our_policy,
         choices=[*POLICIES, "none"],
         help="policy of the run to compare with (default random; none with --kill)",
     )

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dispatcher.backends.legacy_environment import our_policy
 from dispatcher.errors import SettingsError
 from dispatcher.local.stack import LocalStack, StackSettings
 from dispatcher.protocol.node import Role
@@ -101,7 +102,13 @@ def configure_up(parser: argparse.ArgumentParser) -> None:
     add_server_flags(parser)
     add = parser.add_argument
     add("--port", type=_port, default=0, help="port of the OpenAI API (default 0: a free one)")
-    add("--policy", choices=list(POLICIES), default="prefill_cost", help="how a node is chosen")
+    add(
+        "--policy",
+        type=our_policy,
+        choices=list(POLICIES),
+        default="prefill_cost",
+        help="how a node is chosen; an original's spelling is understood too (default prefill_cost)",
+    )
     add("--profile", choices=list(PROFILES), default="h100-llama-8b", help="the engines' GPU and model")
     add(
         "--time-scale",

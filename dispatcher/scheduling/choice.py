@@ -7,12 +7,19 @@ from typing import NamedTuple
 
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
+from dispatcher.scheduling.cost_based_prefill import CandidatePool, CostBased
 from dispatcher.scheduling.fleet import NodeState
+
+COST_BASED = CostBased()
+TTFT_POOL = CandidatePool()
+"""The original's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulingParameters:
     """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.
+
+    `cost_based` are the constants of `cost_based_prefill`, `ttft_pool` those of `shortest_ttft`.
 
     Args:
         work_weight: what a request's own prefill counts besides its own wait: all who come after it there
@@ -32,6 +39,8 @@ class SchedulingParameters:
         sampled: random nodes looked at besides the holders of the prefix.
         lookahead_min_s, lookahead_max_s: bounds of the predicted work that a node may have queued.
         block_size: tokens of a routing block.
+        batch_wait_s, batch_size: how long assignments to one node wait for each other, and how many at most
+            are handed over together; with 0 or 1 none waits.
     """
 
     work_weight: float = 0.5
@@ -45,6 +54,10 @@ class SchedulingParameters:
     lookahead_min_s: float = 0.3
     lookahead_max_s: float = 2.0
     block_size: int = BLOCK_TOKENS
+    batch_wait_s: float = 0.0
+    batch_size: int = 8
+    cost_based: CostBased = COST_BASED
+    ttft_pool: CandidatePool = TTFT_POOL
 
 
 class Choice(NamedTuple):

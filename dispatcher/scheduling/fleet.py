@@ -42,7 +42,7 @@ class _Unseen:
 @dataclass(kw_only=True)
 class NodeState:
     """One node. `held` maps refs to the tokens they cost here; `suspect` is one of them under which an
-    engine died before.
+    engine died before. `chosen` and `is_shut` are marks of policies.
 
     It is bound to only once the leader has entered it into the shared sets (`admitted`): a new leader
     finds the work of exactly those.
@@ -65,6 +65,7 @@ class NodeState:
     feedback_s: float = 0.02
     service_s: float = FIRST_SERVICE_S
     chosen: int = 0
+    is_shut: bool = False
     _since: dict[str, float] = field(default_factory=dict)
     prompts: PromptQueue = field(default_factory=PromptQueue)
     burst: Burst = field(default_factory=Burst)
@@ -93,6 +94,14 @@ class NodeState:
     def decoding(self) -> int:
         """How many of its requests are past their prompts, as far as it told: a new prompt stalls them."""
         return max(0, len(self.held) - len(self.prompts))
+
+    @property
+    def pending(self) -> int:
+        """Requests there: those bound to it, and what its engine has beside them, as far as it tells."""
+        report = self.report
+        if report is None:
+            return len(self.held)
+        return len(self.held) + max(0, report.engine_running + report.engine_waiting - report.running)
 
     @property
     def has_slot(self) -> bool:
@@ -230,6 +239,12 @@ class NodeState:
         self._see(ref)
         self.prompts.drop(ref, now_s)
 
+    def hand_over(self, ref: str, now_s: float) -> None:
+        """Note that a request which was bound earlier goes to it now: its way and its prefill begin."""
+        if ref in self.unseen:
+            self.unseen[ref].bound_s = now_s
+        self.prompts.begin(ref, now_s)
+
     def note_number(self, ref: str, number: int) -> None:
         """Note an assignment's number, by which reports tell what they cover."""
         self.prompts.note_number(ref, number)
@@ -330,6 +345,12 @@ class Fleet:
             node.reserve(ref, cost_tokens, uncached_tokens, number, now_s, prefill_s)
             if is_suspect:
                 node.suspect = ref
+
+    def hand_over(self, name: str, ref: str, now_s: float) -> None:
+        """Note that a reserved request goes to its node now, not when it was reserved."""
+        node = self.nodes.get(name)
+        if node is not None:
+            node.hand_over(ref, now_s)
 
     def note_number(self, name: str, ref: str, number: int) -> None:
         """Note an assignment's number once the script has given it one."""

@@ -3,7 +3,8 @@
 `prefill_cost` is FlexLB's own: it minimises the predicted time to the first token, counting what each node
 holds in its cache and what it has queued, and lets a request wait for a busy node while that is predicted to
 beat every other. The others are what routers commonly do; they choose without asking whether the node has
-room, and queue there.
+room, and queue there. `cost_based_prefill` and `shortest_ttft` are the original FlexLB's, by its constants
+(`cost_based_prefill`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 QUEUED_BOUND = 10_000
 """Requests queued at one node by policies that don't ask for room."""
-TTFT_POOL = 0.3
-"""`shortest_ttft` takes the least recently chosen of this best share (RTP-LLM's FlexLB, its default)."""
 
 
 def prefill_cost(
@@ -146,10 +145,39 @@ def shortest_ttft(
         return scheduler.queued_s(node, envelope.model) + scheduler.prefill_s(node, envelope, hit, blocks)
 
     ranked = sorted(nodes, key=lambda node: (ttft_s(node), node.chosen))
-    pool = ranked[: max(1, int(len(ranked) * TTFT_POOL))]
+    pool = ranked[: scheduler.parameters.ttft_pool.of(len(ranked))]
     node = min(pool, key=lambda node: node.chosen)
     node.chosen = scheduler.next_turn()
     return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+
+
+def cost_based_prefill(
+    scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
+) -> Choice | None:
+    """Any of the nodes with nearly the least wait and prefill (RTP-LLM's FlexLB, `COST_BASED_PREFILL`).
+
+    While every node's queue is full the request waits here; the original answers with an error then.
+    """
+    nodes = scheduler.eligible(envelope, excluded)
+    if not nodes:
+        return None
+    constants = scheduler.parameters.cost_based
+    for node in nodes:
+        node.is_shut = constants.is_shut(node.pending, was_shut=node.is_shut)
+    unshut = [node for node in nodes if not node.is_shut]
+    if not unshut:
+        return scheduler.choice(
+            min(nodes, key=lambda node: node.pending), envelope, has_room=False, looked_at=len(nodes)
+        )
+    matches = scheduler.matches(envelope)
+    waits_s, prefills_s = [], []
+    for node in unshut:
+        blocks = scheduler.index.depth(matches, node.name)
+        hit = scheduler.hit_tokens(node, envelope, blocks)
+        waits_s.append(scheduler.queued_s(node, envelope.model) + scheduler.batch_wait_s(node))
+        prefills_s.append(scheduler.prefill_s(node, envelope, hit, blocks))
+    place = constants.choose(waits_s, [node.pending for node in unshut], prefills_s, scheduler.rng)
+    return scheduler.choice(unshut[place], envelope, has_room=True, looked_at=len(nodes))
 
 
 def _unfilled(scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:
@@ -165,6 +193,7 @@ POLICIES: Mapping[str, Policy] = {
     "round_robin": round_robin,
     "round_robin_lowest_concurrency": round_robin_lowest_concurrency,
     "shortest_ttft": shortest_ttft,
+    "cost_based_prefill": cost_based_prefill,
 }
 ASKS_FOR_ROOM = frozenset({"prefill_cost", "least_outstanding_tokens"})
 """Policies that bind late; the others queue at the node."""

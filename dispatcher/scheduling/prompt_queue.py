@@ -50,6 +50,11 @@ class PromptQueue:
             if not number:
                 self.drop(ref, self._head_since_s)
 
+    def begin(self, ref: str, now_s: float) -> None:
+        """Note that a prompt goes to the node now: if it is the first, it has computed nothing yet."""
+        if ref == next(iter(self._prompts), None):
+            self._head_since_s = now_s
+
     def drop(self, ref: str, now_s: float) -> None:
         """Take a prompt out, if it is there: it is computed, or was taken away."""
         prompt = self._prompts.get(ref)

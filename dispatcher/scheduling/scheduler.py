@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.node import Medium, Role
+from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.choice import Capacity, Choice, Planned, SchedulingParameters
 from dispatcher.scheduling.fleet import FULL, KV_BYTES_PER_TOKEN, STALE_S, Fleet, NodeState
 from dispatcher.scheduling.policies import ASKS_FOR_ROOM, POLICIES, prefill_cost
@@ -65,6 +67,7 @@ class Scheduler:
 
     Args:
         healthy_s: the leader's healthy time, by which a report's age counts.
+        batches: what waits to be handed over together, where anything does.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Scheduler:
         rng: random.Random,
         healthy_s: Callable[[], float] = lambda: 0.0,
         now_s: Callable[[], float] = lambda: 0.0,
+        batches: Batches[Any] | None = None,
     ) -> None:
         self.fleet = fleet
         self.index = index
@@ -88,6 +92,7 @@ class Scheduler:
         self._rng = rng
         self._healthy_s = healthy_s
         self._now_s = now_s
+        self._batches = batches
         self._turn = 0
         self._chooses_for_suspect = False
 
@@ -192,6 +197,10 @@ class Scheduler:
             tokens = self.fleet.stale_tokens(model, self._healthy_s()) + node.unseen_tokens
             seconds = max(seconds, tokens * node.predictor.cost.token_s)
         return seconds
+
+    def batch_wait_s(self, node: NodeState) -> float:
+        """Seconds that a new assignment would wait for the others of its batch."""
+        return self._batches.wait_s(node.name, self._now_s()) if self._batches is not None else 0.0
 
     def is_stale(self, node: NodeState) -> bool:
         """Whether a node's last report is too old to be believed alone."""

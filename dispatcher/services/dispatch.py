@@ -1,7 +1,9 @@
 """Dispatch: bind waiting requests to nodes, a batch per script call, late.
 
 Wakes when something waits or room appears. Choosing and reserving are one step in memory; the script
-makes it true in Redis, or tells why not, and then the reservation is taken back.
+makes it true in Redis, or tells why not, and then the reservation is taken back. With a batching window the
+script comes later, for a node's whole batch (`scheduling.batches`): until then a request is nowhere in Redis,
+as if the script were under way.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dispatcher.backends.leader_store import AssignItem, LeaderStore
 from dispatcher.protocol import codec
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.names import Attempt, JobId
+from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.choice import Choice
 from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import Waiting
@@ -19,39 +22,67 @@ from dispatcher.services.close import Endings
 from dispatcher.services.persist import until_answered
 from dispatcher.services.state import Bound, LeaderState
 
+Chosen = tuple[Waiting, Choice, Bound]
+
 
 class Dispatch:
-    """Binds one pool's requests."""
+    """Binds one pool's requests.
+
+    Args:
+        batches: what is chosen waits here to be handed over.
+        batch: the most requests of one script call, but for a batch that is larger.
+    """
 
     def __init__(
-        self, state: LeaderState, store: LeaderStore, endings: Endings, *, scheduler: Scheduler, batch: int
+        self,
+        state: LeaderState,
+        store: LeaderStore,
+        endings: Endings,
+        *,
+        scheduler: Scheduler,
+        batches: Batches[Chosen],
+        batch: int,
     ) -> None:
         self._state = state
         self._store = store
         self._endings = endings
         self._scheduler = scheduler
+        self._batches = batches
         self._batch = batch
 
     async def run(self) -> None:
         """Bind until cancelled."""
-        state = self._state
+        state, batches = self._state, self._batches
         while True:
             next_due_s = state.release_due()
             chosen = self._choose()
-            if chosen:
-                await self._assign(chosen)
+            for one in chosen:
+                _, choice, bound = one
+                is_alone = bound.stage is Stage.DECODE  # the prompt's blocks are only lent
+                batches.add(choice.node.name, one, state.clock.monotonic(), is_alone=is_alone)
+            due = batches.take_due(state.clock.monotonic(), most=self._batch)
+            if due:
+                await self._assign(due)
                 state.room.set()
                 continue
+            if chosen:
+                # All of them wait for others; more may be chosen.
+                state.room.set()
+                await asyncio.sleep(0)
+                continue
             state.work.clear()
+            if (at_s := batches.next_at_s) is not None:
+                left_s = max(0.0, at_s - state.clock.monotonic())
+                next_due_s = left_s if next_due_s is None else min(left_s, next_due_s)
             try:
                 async with asyncio.timeout(next_due_s):
                     await state.work.wait()
             except TimeoutError:
                 pass
 
-    def _choose(self) -> list[tuple[Waiting, Choice, Bound]]:
+    def _choose(self) -> list[Chosen]:
         state = self._state
-        chosen: list[tuple[Waiting, Choice, Bound]] = []
+        chosen: list[Chosen] = []
         now_ms = state.clock.now_ms()
         round = state.window.begin_round()
         while len(chosen) < self._batch:
@@ -87,9 +118,12 @@ class Dispatch:
             handoff=waiting.handoff if choice.stage is Stage.DECODE else None,
         )
 
-    async def _assign(self, chosen: list[tuple[Waiting, Choice, Bound]]) -> None:
+    async def _assign(self, batches: list[list[Chosen]]) -> None:
         state = self._state
         names = state.names
+        chosen = [one for batch in batches for one in batch]
+        if self._batches.is_on:
+            self._hand_over(batches)
         items = []
         for waiting, choice, bound in chosen:
             envelope = waiting.envelope
@@ -119,6 +153,14 @@ class Dispatch:
                 state.fleet.note_number(choice.node.name, waiting.envelope.ref, number)
             await self._answered(waiting, choice, answer, now_ms)
         state.metrics.bound_requests.set(len(state.bound))
+
+    def _hand_over(self, batches: list[list[Chosen]]) -> None:
+        """Let what was bound earlier count as sent now."""
+        now_s = self._state.clock.monotonic()
+        for batch in batches:
+            self._state.metrics.node_batch.observe(len(batch))
+            for waiting, choice, _ in batch:
+                self._state.fleet.hand_over(choice.node.name, waiting.envelope.ref, now_s)
 
     async def _answered(self, waiting: Waiting, choice: Choice, answer: str, now_ms: int) -> None:
         state = self._state

@@ -141,13 +141,17 @@ class FleetSimulation:
         self._numbers += 1
         heapq.heappush(self._events, (at_s, self._numbers, call, arguments))
 
-    def send(self, arrival: Arrival, node: int, *, after_s: float = 0.0) -> None:
-        """Send a request to a node, now or in `after_s` seconds."""
+    def send(self, arrival: Arrival, node: int, *, after_s: float = 0.0, is_followed: bool = False) -> None:
+        """Send a request to a node, now or in `after_s` seconds.
+
+        Args:
+            is_followed: another is sent there at the same time; the engine sees both at once.
+        """
         after_s += self.profile.request_s
         if after_s > 0:
-            self.call_at(self.now_s + after_s, self._submit, arrival, node)
+            self.call_at(self.now_s + after_s, self._submit, arrival, node, is_followed)
         else:
-            self._submit(arrival, node)
+            self._submit(arrival, node, is_followed)
 
     def hand_over(self, arrival: Arrival, node: int, *, after_s: float = 0.0) -> None:
         """Send a request whose prompt a prefill node holds to a decode node, now or in `after_s` seconds."""
@@ -210,7 +214,7 @@ class FleetSimulation:
 
     # Engines
 
-    def _submit(self, arrival: Arrival, node: int) -> None:
+    def _submit(self, arrival: Arrival, node: int, is_followed: bool = False) -> None:
         engine = self.engines[node]
         if arrival.number in self._handed:
             # It begins anew: what was held of it is held for nobody.
@@ -225,6 +229,7 @@ class FleetSimulation:
             arrival.blocks,
             self.now_s,
             keeps=is_prefill,
+            is_followed=is_followed,
         )
         self._wake(node)
 

@@ -141,6 +141,7 @@ class JumpingEngine:
         *,
         keeps: bool = False,
         is_remote: bool = False,
+        is_followed: bool = False,
     ) -> None:
         """Queue a sequence at `now_s`; a jump under way ends with the step that is running then.
 
@@ -148,6 +149,7 @@ class JumpingEngine:
             blocks: hashes of the prompt's full blocks, from 0 up; full blocks beyond are shared with nobody.
             keeps: its blocks stay held after its end, until `release`.
             is_remote: another engine has computed its prompt, and gives it.
+            is_followed: another is submitted at the same time, with which it is seen at once.
         Raises:
             ValueError: prompt or answer are empty, or it can never fit the KV cache.
         """
@@ -167,7 +169,8 @@ class JumpingEngine:
         was_blocked = bool(self._waiting) or len(self._running) >= self.profile.max_running
         self._waiting.append(sequence)
         if self.due is None:
-            self._begin(now_s)
+            if not is_followed:
+                self._begin(now_s)
         elif not was_blocked:
             self._cut(now_s)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -22,6 +22,7 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.handoff import KV_LEASE_MS, Handoff, Stage
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport, Role
+from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.fleet import Fleet, NodeState
 from dispatcher.scheduling.prefix_index import PrefixIndex
@@ -123,6 +124,7 @@ class LiveRouter:
         self._timing = timing if timing is not None else LiveTiming()
         self._round_due = False
         self._rounded_s = float("-inf")
+        self._next_batch_s: float | None = None
 
     def start(self, fleet: FleetSimulation) -> None:
         """Make the leader's ledger, and register the nodes."""
@@ -138,8 +140,11 @@ class LiveRouter:
             metrics=DispatcherMetrics(CollectorRegistry()),
             log=Log(),
         )
-        parameters = (
-            self._parameters if self._parameters is not None else SchedulingParameters(block_size=block)
+        parameters = replace(
+            self._parameters if self._parameters is not None else SchedulingParameters(), block_size=block
+        )
+        self._batches: Batches[tuple[Envelope, int, int, Stage]] = Batches(
+            wait_s=parameters.batch_wait_s, size=parameters.batch_size
         )
         self._scheduler = Scheduler(
             self.state.fleet,
@@ -148,6 +153,7 @@ class LiveRouter:
             parameters=parameters,
             rng=fleet.rng,
             now_s=clock.monotonic,
+            batches=self._batches,
         )
         self.state.window.longer_ms = self._scheduler.longer_ms
         outputs = sorted(turn.output_tokens for session in fleet.workload.sessions for turn in session)
@@ -243,31 +249,39 @@ class LiveRouter:
                 uncached_tokens=choice.uncached_tokens,
                 prefill_s=choice.prefill_s,
             )
-            agent = self._agents[self._numbers[name]]
-            agent.assigned += 1
-            self._sim.call_at(
-                self._sim.now_s + self._timing.assign_s,
-                self._assigned,
-                waiting.envelope,
-                self._numbers[name],
-                agent.assigned,
-                choice.uncached_tokens,
-                choice.stage,
-            )
+            one = (waiting.envelope, self._numbers[name], choice.uncached_tokens, choice.stage)
+            self._batches.add(name, one, self._sim.now_s, is_alone=is_decode)
             bound += 1
         state.window.end_round(round)
+        self._hand_over()
         if bound:
             self._wake()
 
+    def _hand_over(self) -> None:
+        """Send the batches that are due on their way, and come again for the next."""
+        sim, batches = self._sim, self._batches
+        for batch in batches.take_due(sim.now_s, most=len(batches)):
+            sent = []
+            for envelope, node, uncached_tokens, stage in batch:
+                agent = self._agents[node]
+                if batches.is_on:
+                    self.state.fleet.hand_over(agent.state.name, envelope.ref, sim.now_s)
+                agent.assigned += 1
+                sent.append((envelope, agent.assigned, uncached_tokens, stage))
+            sim.call_at(sim.now_s + self._timing.assign_s, self._assigned, node, sent)
+        at_s = batches.next_at_s
+        if at_s is not None and at_s != self._next_batch_s:
+            self._next_batch_s = at_s
+            sim.call_at(at_s, self._hand_over)
+
     # The agents
 
-    def _assigned(
-        self, envelope: Envelope, node: int, number: int, uncached_tokens: int, stage: Stage
-    ) -> None:
+    def _assigned(self, node: int, sent: Sequence[tuple[Envelope, int, int, Stage]]) -> None:
         agent = self._agents[node]
-        self.state.fleet.note_number(agent.state.name, envelope.ref, number)
-        arrival = self._arrivals[envelope.ref]
-        agent.queue.append((arrival, number, uncached_tokens, envelope.cost_tokens, stage))
+        for envelope, number, uncached_tokens, stage in sent:
+            self.state.fleet.note_number(agent.state.name, envelope.ref, number)
+            arrival = self._arrivals[envelope.ref]
+            agent.queue.append((arrival, number, uncached_tokens, envelope.cost_tokens, stage))
         self._claim(node)
 
     def _claim(self, node: int) -> None:
@@ -285,7 +299,11 @@ class LiveRouter:
             if stage is Stage.DECODE:
                 self._sim.hand_over(arrival, node)
             else:
-                self._sim.send(arrival, node)
+                # What is handed over together is admitted together, as a batch of the original's is.
+                is_followed = bool(agent.queue) and len(agent.held) < agent.max_running
+                self._sim.send(
+                    arrival, node, is_followed=is_followed and agent.queue[0][4] is not Stage.DECODE
+                )
 
     def _changed(self, node: int) -> None:
         agent = self._agents[node]

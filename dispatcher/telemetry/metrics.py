@@ -47,6 +47,12 @@ class DispatcherMetrics:
             registry=registry,
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
+        self.node_batch = Histogram(
+            "flexlb_node_batch",
+            "Requests handed to a node together, where there is a batching window",
+            registry=registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+        )
         self.wait_s = Histogram("flexlb_wait_seconds", "Append to assign", registry=registry, buckets=SECONDS)
         self.outcomes = Counter(
             "flexlb_outcomes", "Outcomes published", ["kind", "reason"], registry=registry

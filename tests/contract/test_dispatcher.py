@@ -518,3 +518,77 @@ async def test_new_partitions_are_noticed(kafka_clients: KafkaClients, pool: str
         await wait_until(log.has_grown, "the new partition to be noticed")
     finally:
         await log.stop()
+
+
+async def test_requests_for_a_node_wait_for_each_other_and_come_together(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool, batch_wait_ms=1000, batch_size=3) as one:
+        node = ScriptedNode(one, "n1")
+        async with one.running(one.dispatcher()) as dispatcher, one.running(node):
+            batches = dispatcher.metrics.node_batch
+
+            def handed_over() -> tuple[float, float]:
+                return batches._sum.get(), sum(bucket.get() for bucket in batches._buckets)
+
+            for number in range(3):
+                await one.append(request(f"full{number}"))
+            for number in range(3):
+                assert (await one.outcome(f"full{number}")).kind is OutcomeKind.COMPLETED
+            assert handed_over() == (3, 1), "three at once"
+            for number in range(2):
+                await one.append(request(f"late{number}"))
+            for number in range(2):
+                assert (await one.outcome(f"late{number}")).kind is OutcomeKind.COMPLETED
+            assert handed_over() == (5, 2), "two when the first had waited"
+
+
+async def test_what_waits_for_its_batch_outlives_its_leader_and_so_does_its_cancel(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool, batch_size=100) as one:
+        node = ScriptedNode(one, "n1")
+        told = one.settings
+        async with one.running(node):
+            one.settings = told.model_copy(update={"batch_wait_ms": 600_000})
+            async with one.running(one.dispatcher()) as first:
+                for name in ("kept", "dropped"):
+                    await one.append(request(name))
+                await wait_until(
+                    lambda: first.state is not None and len(first.state.bound) == 2, "both to be bound"
+                )
+                await one.cancel("dropped")
+                await wait_until(
+                    lambda: first.state is not None and bool(first.state.doomed), "the cancel to be read"
+                )
+                assert not node.works, "neither is handed over"
+                assert not one.outcomes
+            one.settings = told
+            # Whether the cancel or the node comes first is chance: nothing is answered before the cancel.
+            node.holds = True
+            async with one.running(one.dispatcher()):
+                assert (await one.outcome("dropped")).kind is OutcomeKind.CANCELLED
+                await wait_until(
+                    lambda: any(work.id == "kept" for work in node.works), "the other to be claimed"
+                )
+                await node.finish()
+                assert (await one.outcome("kept")).kind is OutcomeKind.COMPLETED
+        assert len(one.outcomes) == 2
+
+
+async def test_a_batch_whose_node_went_away_goes_to_another(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with Pool(kafka_clients, valkey.url, pool, batch_wait_ms=1000, batch_size=2) as one:
+        async with one.running(one.dispatcher()) as dispatcher:
+            async with one.running(ScriptedNode(one, "n1")):
+                await one.append(request("first"))
+                await wait_until(
+                    lambda: dispatcher.state is not None and bool(dispatcher.state.bound), "it to be bound"
+                )
+            # Its silence fences it while the request waits, or is queued there.
+            async with one.running(ScriptedNode(one, "n2")):
+                await one.append(request("second"))
+                for name in ("first", "second"):
+                    assert (await one.outcome(name)).kind is OutcomeKind.COMPLETED
+        assert len(one.outcomes) == 2

@@ -14,6 +14,8 @@ SEEDS = 200
 SPLIT_SEEDS = 60
 LONG_SEEDS = 10_000
 BATCH = 10
+WINDOW = {"batch_wait_ms": 300, "batch_size": 3}
+"""Requests wait for others of their node, though long in a leader that may die."""
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
@@ -36,6 +38,20 @@ def test_nothing_is_lost_between_prefill_and_decode_nodes(first: int) -> None:
         assert not result.violations, result.explain() + " (with --split)"
         handed_over += result.handed_over
     assert handed_over, "no prompt was computed for another node"
+
+
+@pytest.mark.parametrize("first", range(0, 40, BATCH))
+def test_nothing_is_lost_that_waits_for_its_batch(first: int) -> None:
+    for seed in range(first, first + BATCH):
+        result = simulate(seed, is_split=seed % 4 == 3, settings=WINDOW)
+        assert not result.violations, result.explain() + f" (with {WINDOW})"
+
+
+@pytest.mark.parametrize("policy", ["cost_based_prefill", "shortest_ttft"])
+def test_nothing_is_lost_under_a_policy_of_the_original(policy: str) -> None:
+    for seed in range(BATCH):
+        result = simulate(seed, is_split=seed % 2 == 1, settings={"policy": policy})
+        assert not result.violations, result.explain() + f" (with {policy})"
 
 
 @pytest.mark.parametrize("seed", [3, 11])

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,7 @@ class Cluster:
         nodes: their names; as the seed decides by default.
         faults: only these kinds; all when empty.
         is_split: every other node computes prompts only, the rest goes on from them.
+        settings: of every dispatcher, beside the cluster's own.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Cluster:
         hostile_records: int = 0,
         faults: tuple[str, ...] = (),
         is_split: bool = False,
+        settings: Mapping[str, object] | None = None,
     ) -> None:
         self._is_split = is_split
         self._logs = logs
@@ -131,7 +133,7 @@ class Cluster:
         self.names = Names(POOL)
         self.dispatchers: Sequence[str] = DISPATCHERS[: self.rng.choice([2, 2, 3])]
         self.nodes: Sequence[str] = nodes or NODES[: self.rng.choice([2, 2, 3, 4])]
-        self.settings = DISPATCHER
+        self.settings = DISPATCHER.model_copy(update=dict(settings or {}))
         self._scripts = scripts or {}
         loop = current()
         profile = CALM if self.rng.random() < 0.3 else ROUGH
@@ -324,6 +326,7 @@ def simulate(
     hostile_records: int = 0,
     faults: tuple[str, ...] = (),
     is_split: bool = False,
+    settings: Mapping[str, object] | None = None,
 ) -> Outcome:
     """Run one seed in virtual time; `logs` lets the processes' own logs through.
 
@@ -331,6 +334,7 @@ def simulate(
         faults: only these kinds, by the names of `Faults`' methods; all when empty.
         hostile_records: so many records of arbitrary bytes are appended beside the clients' requests.
         is_split: every other node computes prompts only, the rest goes on from them.
+        settings: of every dispatcher, beside the cluster's own.
     """
 
     async def main() -> Outcome:
@@ -342,6 +346,7 @@ def simulate(
             hostile_records=hostile_records,
             faults=faults,
             is_split=is_split,
+            settings=settings,
         )
         return await cluster.run()
 

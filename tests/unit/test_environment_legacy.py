@@ -62,7 +62,26 @@ ENDPOINT = {"type": "SpecifiedIpPortList", "address": ["10.0.0.1:80"], "protocol
 URL = "http://10.0.0.1:80"
 SET: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("FLEXLB_CONFIG", "loadBalanceStrategy"): ("random", {"dispatcher.policy": "random"}),
-    ("FLEXLB_CONFIG", "scoreTieThresholdPct"): (0.1, {"dispatcher.near_tie": 0.1}),
+    ("FLEXLB_CONFIG", "scoreTieThresholdPct"): (
+        0.1,
+        {"dispatcher.near_tie": 0.1, "dispatcher.cost_tie_share": 0.1},
+    ),
+    ("FLEXLB_CONFIG", "scoreTieThresholdMs"): (20, {"dispatcher.cost_tie_ms": 20.0}),
+    ("FLEXLB_CONFIG", "costHotspotMultiplier"): ("3.0", {"dispatcher.cost_hotspot": 3.0}),
+    ("FLEXLB_CONFIG", "costImbalanceMultiplier"): (2, {"dispatcher.cost_imbalance": 2.0}),
+    ("FLEXLB_CONFIG", "prefillQueueSizeThreshold"): (64, {"dispatcher.cost_queue_limit": 64.0}),
+    ("FLEXLB_CONFIG", "hysteresisBiasPercent"): (15, {"dispatcher.cost_hysteresis_percent": 15.0}),
+    ("FLEXLB_CONFIG", "costSloFilterEnabled"): ("true", {"dispatcher.cost_slo_filter": True}),
+    ("FLEXLB_CONFIG", "costSloMs"): (500, {"dispatcher.cost_slo_ms": 500.0}),
+    ("FLEXLB_CONFIG", "costSloRiskMarginMs"): (100, {"dispatcher.cost_slo_margin_ms": 100.0}),
+    ("FLEXLB_CONFIG", "shortestTtftCandidatePoolMode"): ("FIXED", {"dispatcher.ttft_pool": "fixed"}),
+    ("FLEXLB_CONFIG", "shortestTtftCandidatePoolRatio"): (0.5, {"dispatcher.ttft_pool_ratio": 0.5}),
+    ("FLEXLB_CONFIG", "shortestTtftCandidatePoolMinSize"): (2, {"dispatcher.ttft_pool_least": 2.0}),
+    ("FLEXLB_CONFIG", "shortestTtftCandidatePoolSize"): (3, {"dispatcher.ttft_pool_size": 3.0}),
+    ("FLEXLB_CONFIG", "prefillBatchWaitTimeMs"): (100, {"dispatcher.batch_wait_ms": 100.0}),
+    ("FLEXLB_CONFIG", "flexlbBatchFixedWaitMs"): ("300", {"dispatcher.batch_wait_ms": 300.0}),
+    ("FLEXLB_CONFIG", "batchSize"): (8, {"dispatcher.batch_size": 8.0}),
+    ("FLEXLB_CONFIG", "flexlbBatchSizeMax"): (32, {"dispatcher.batch_size": 32.0}),
     ("FLEXLB_CONFIG", "workerTimeoutMs"): (
         10_000,
         {"dispatcher.heartbeat_ttl_s": 10.0, "agent.heartbeat_ttl_s": 10.0},
@@ -133,13 +152,14 @@ def test_the_original_s_own_example_starts_both_processes() -> None:
     dispatcher = read_effective(DispatcherSettings, {}, README)
     agent = read_effective(AgentSettings, {}, README)
     assert dispatcher.settings.policy == "round_robin_lowest_concurrency"
+    assert (dispatcher.settings.batch_wait_ms, dispatcher.settings.batch_size) == (100, 1)
     assert dispatcher.settings.election is False
     assert agent.settings.engine_url == "http://localhost:8080"
     assert agent.settings.role == "fused"
     assert agent.settings.first_token_timeout_s == 5
     warned = "\n".join((*dispatcher.warnings, *agent.warnings))
     unserved = (
-        *("deploy", "prefillBatchWaitTimeMs", "kvCache", "staticCacheBlockSize", "batchSize"),
+        *("deploy", "kvCache", "staticCacheBlockSize"),
         *(
             "prefillLbTimeoutMs",
             "enableGrpcPrefillMaster",
@@ -150,6 +170,7 @@ def test_the_original_s_own_example_starts_both_processes() -> None:
     )
     for key in unserved:
         assert f": {key}: not used: " in warned
+    assert "prefillBatchWaitTimeMs: up to batch_size requests for one node wait for each other now" in warned
     assert "run 'flexlb agent' beside each of http://localhost:8080" in "\n".join(dispatcher.warnings)
     assert read_effective(FrontendSettings, {}, README).warnings == ()
 
@@ -179,6 +200,11 @@ def test_malformed_document_names_its_variable(document: object, text: str, tabl
             {"scoreTieThresholdPct": True},
             "scoreTieThresholdPct: expected a number, seen true",
         ),
+        (
+            "FLEXLB_CONFIG",
+            {"shortestTtftCandidatePoolMode": "HALF"},
+            'shortestTtftCandidatePoolMode: expected RATIO or FIXED, seen "HALF"',
+        ),
         ("FLEXLB_SYNC_CONSISTENCY_CONFIG", {"needConsistency": 1}, "expected true or false, seen 1"),
         ("MODEL_SERVICE_CONFIG", {"prefill_endpoint": "x"}, "expected an object with type and address"),
         (
@@ -204,6 +230,25 @@ def test_wrong_value_is_told_with_variable_and_key(
     with pytest.raises(SettingsError, match=message) as raised:
         read_legacy({variable: json.dumps(content)}, "agent")
     assert str(raised.value).startswith(f"{variable}: ")
+
+
+def test_the_constants_of_the_original_s_policies_come_through() -> None:
+    config = {
+        "loadBalanceStrategy": "COST_BASED_PREFILL",
+        "costHotspotMultiplier": 2.5,
+        "prefillQueueSizeThreshold": 100_000,
+        "costSloFilterEnabled": True,
+        "shortestTtftCandidatePoolMode": "FIXED",
+        "shortestTtftCandidatePoolSize": 4,
+    }
+    settings = read_effective(DispatcherSettings, {}, {"FLEXLB_CONFIG": json.dumps(config)}).settings
+    assert settings.policy == "cost_based_prefill"
+    assert (settings.cost_hotspot, settings.cost_queue_limit, settings.cost_slo_filter) == (
+        2.5,
+        100_000,
+        True,
+    )
+    assert (settings.ttft_pool, settings.ttft_pool_size) == ("fixed", 4)
 
 
 def test_value_out_of_bounds_is_told_with_variable_and_key() -> None:
@@ -247,7 +292,8 @@ def test_a_variable_of_a_field_wins_over_the_document() -> None:
     environ = {
         "FLEXLB_CONFIG": '{"loadBalanceStrategy": "RANDOM", "scoreTieThresholdPct": 0.2}',
         "LOAD_BALANCE_STRATEGY": "ROUND_ROBIN",
-        "COST_SLO_MS": "500",
+        "COST_SLO_MS": "800",
+        "COST_FORMULA": "1",
         "HTTP_PROXY": "http://proxy:3128",
         "batchSize": "1",
     }
@@ -255,9 +301,11 @@ def test_a_variable_of_a_field_wins_over_the_document() -> None:
     assert legacy.values == {
         "policy": ("round_robin", "LOAD_BALANCE_STRATEGY"),
         "near_tie": (0.2, "FLEXLB_CONFIG: scoreTieThresholdPct"),
+        "cost_tie_share": (0.2, "FLEXLB_CONFIG: scoreTieThresholdPct"),
+        "cost_slo_ms": (800.0, "COST_SLO_MS"),
     }
     assert len(legacy.warnings) == 1
-    assert legacy.warnings[0].startswith("COST_SLO_MS: not used: the cost of a prefill is learned")
+    assert legacy.warnings[0].startswith("COST_FORMULA: not used: the cost of a prefill is learned")
     with pytest.raises(SettingsError, match=r"^WORKER_TIMEOUT_MS: expected a number of milliseconds, seen"):
         read_legacy({**environ, "WORKER_TIMEOUT_MS": "long"}, "dispatcher")
 

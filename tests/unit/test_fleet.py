@@ -14,6 +14,7 @@ import pytest
 
 from dispatcher.errors import SettingsError
 from dispatcher.replay.traces import TraceRequest
+from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult, FleetSimulation, Router, coarse
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn, open_loop, read_workload
@@ -426,3 +427,30 @@ def test_a_session_that_cannot_be_read_stops_the_reading(tmp_path: Path) -> None
     )
     with pytest.raises(SettingsError, match="line 1"):
         read_workload(path)
+
+
+def test_a_batching_window_holds_each_prompt_up_for_the_next() -> None:
+    prompts = turns((0.0, 1_000, ()), (0.05, 1_000, ()), (5.0, 1_000, ()))
+    plain = simulate(prompts, LiveRouter(), nodes=1)
+    windowed = simulate(prompts, LiveRouter(parameters=SchedulingParameters(batch_wait_s=0.2)), nodes=1)
+    assert plain.ttft_s[0] == pytest.approx(plain.ttft_s[2])
+    assert windowed.ttft_s[0] >= plain.ttft_s[0] + 0.2, "it waits for the second"
+    assert windowed.ttft_s[1] < windowed.ttft_s[0], "both are computed in one step"
+    assert windowed.ttft_s[2] == pytest.approx(plain.ttft_s[2] + 0.2), "nobody comes"
+    full = LiveRouter(parameters=SchedulingParameters(batch_wait_s=0.2, batch_size=2))
+    assert simulate(prompts, full, nodes=1).ttft_s[0] == pytest.approx(windowed.ttft_s[0] - 0.15)
+
+
+def test_a_batching_window_loses_nobody() -> None:
+    result = simulate(
+        chatter(300), LiveRouter(parameters=SchedulingParameters(batch_wait_s=0.05, batch_size=3))
+    )
+    assert all(ttft_s < inf for ttft_s in result.ttft_s)
+
+
+def test_the_original_s_decision_makes_the_same_of_a_load_live_and_as_its_baseline() -> None:
+    live = simulate(chatter(400), LiveRouter("cost_based_prefill"))
+    baseline = simulate(chatter(400), PolicyRouter(BY_NAME["rtp_llm_cost"]()))
+    shuffled = simulate(chatter(400), PolicyRouter(BY_NAME["random"]()))
+    assert sum(live.ttft_s) == pytest.approx(sum(baseline.ttft_s), rel=0.3)
+    assert max(sum(live.ttft_s), sum(baseline.ttft_s)) < sum(shuffled.ttft_s)

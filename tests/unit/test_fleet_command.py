@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from dispatcher.backends.legacy_environment import POLICIES as ORIGINAL
 from dispatcher.cli import main
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetResult
@@ -224,6 +225,54 @@ def test_ours_can_be_told_the_speeds(name: str, oracle: str | None) -> None:
     assert oracle_of(name) == oracle
     if oracle is not None:
         assert router_of(oracle)().wants_blocks
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *ORIGINAL,
+        "COST_BASED_PREFILL:tie_s=0.0,hotspot_multiplier=2.5,near_tie=0.1,batch_wait_s=0.1",
+        "SHORTEST_TTFT:mode='fixed',size=3",
+        "flexlb:COST_BASED_PREFILL",
+        "flexlb:cost_based_prefill,queue_limit=8",
+        "flexlb:batch_wait_s=0.1,batch_size=4",
+        "rtp_llm_cost:queue_limit=8",
+    ],
+)
+def test_the_original_s_names_and_constants_are_understood(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, "--policy", name]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{name} ")
+
+
+def test_the_original_s_name_is_the_live_policy(tmp_path: Path) -> None:
+    figures = []
+    for name in ("COST_BASED_PREFILL", "flexlb:cost_based_prefill"):
+        path = tmp_path / "report.json"
+        assert main([*SHORT, "--policy", name, "--json", str(path)]) == 0
+        (run,) = msgspec.json.decode(path.read_bytes(), type=Report).runs
+        figures.append((run.ttft_ms, run.tpot_ms, run.hit_ratio))
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("WEIGHTED_CACHE", "expected one of flexlb, flexlb:prefill_cost, "),
+        ("WEIGHTED_CACHE", ", COST_BASED_PREFILL, SHORTEST_TTFT, RANDOM, "),
+        ("COST_BASED_PREFILL:size=3", "unexpected keyword argument 'size'"),
+        ("rtp_llm_cost:size=3", "unexpected keyword argument 'size'"),
+        ("flexlb:nonsense", "expected NAME or KEY=VALUE after the colon, seen 'nonsense'"),
+    ],
+)
+def test_an_unknown_policy_or_constant_is_told_what_there_is(
+    name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, "--policy", name]) == 2
+    told = capsys.readouterr().err
+    assert f"--policy {name}: " in told
+    assert said in told
 
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "x"])

@@ -78,6 +78,14 @@ def test_each_source_wins_over_the_next(file: Path) -> None:
     ]
 
 
+def test_an_unknown_policy_is_told_which_exist() -> None:
+    message = told({"policy": "LEAST_KV"})
+    assert message.startswith("--policy: expected one of prefill_cost, least_outstanding_tokens, random, ")
+    assert "cost_based_prefill (" in message
+    assert "COST_BASED_PREFILL" in message
+    assert message.endswith("seen 'LEAST_KV'")
+
+
 def test_flag_names_the_file_over_the_variable(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     file.write_text('pool = "a"')

@@ -26,10 +26,3 @@ def sampled(costs: Sequence[float], temperature: float, rng: random.Random) -> i
     scale = (high - low) * temperature
     weights = [math.exp((low - cost) / scale) for cost in costs]
     return rng.choices(range(len(costs)), weights)[0]
-
-
-def least_within(costs: Sequence[float], tolerance: float, rng: random.Random) -> int:
-    """Return the place of any cost that exceeds the least by at most `tolerance`, each as likely."""
-    limit = min(costs) + tolerance
-    near = [place for place, cost in enumerate(costs) if cost <= limit]
-    return near[int(rng.random() * len(near))]

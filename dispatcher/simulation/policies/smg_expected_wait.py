@@ -21,8 +21,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
+from dispatcher.scheduling.cost_based_prefill import least_within
 from dispatcher.simulation.policies.base import Arrival, Policy, World
-from dispatcher.simulation.policies.picking import least_within
 from dispatcher.simulation.policies.radix_tenants import RadixTenants
 
 SAMPLE = 16
