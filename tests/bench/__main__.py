@@ -1,6 +1,6 @@
 """`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request.
 
-`scheduling`, which simulates, is a command of its own with flags of its own.
+`scheduling` and `tuning`, which simulate, are commands of their own with flags of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import cancel, failover, hops, latency, scheduling, soak
+from dispatcher.errors import SettingsError
+from tests.bench import cancel, failover, hops, latency, scheduling, soak, tuning
 from tests.bench.machine import describe_machine
 
 BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run, "cancel": cancel.run}
@@ -21,15 +22,20 @@ ALONE = {"soak": soak.run}
 
 def main() -> int:
     """Run the benchmarks named, or all."""
-    if sys.argv[1:2] == ["scheduling"]:
-        return scheduling.main(sys.argv[2:])
+    simulated = {"scheduling": scheduling.main, "tuning": tuning.main}
+    if sys.argv[1:2] and sys.argv[1] in simulated:
+        try:
+            return simulated[sys.argv[1]](sys.argv[2:])
+        except SettingsError as error:
+            print(f"tests.bench {sys.argv[1]}: {error}", file=sys.stderr)
+            return 2
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
         help=f"of {', '.join([*BENCHES, *ALONE])}; all but {', '.join(ALONE)} when absent; "
-        "or scheduling, alone and with its own flags (scheduling --help)",
+        "or scheduling or tuning, alone and with flags of their own (scheduling --help)",
     )
     parser.add_argument("--json", type=Path, metavar="DIR", help="leave one JSON file per benchmark here")
     options = parser.parse_args()

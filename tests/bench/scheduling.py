@@ -33,6 +33,7 @@ from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
 from tests.bench.machine import describe_machine
 from tests.bench.scheduling_ratios import MEASURES, Ratio, ratios
+from tests.bench.tuning import Kind, read_tuned, tuned_baselines
 
 SHARES = (0.8, 0.95)
 """Of the best baseline's knee."""
@@ -276,6 +277,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--requests", type=int, help="so many of each trace")
     add("--ours", default=OURS, help="what is compared, named as by flexlb simulate")
     add("--baseline", action="append", help="what with; repeatable (default: every policy of the field)")
+    add("--tuned", type=Path, metavar="FILE", help="baselines with the constants that tuning --json found")
     add("--seeds", type=int, help=f"how many (default {SEEDS}, with --quick {QUICK_SEEDS})")
     add("--recorded", action="store_true", help="the trace's own times, equal for all seeds, not drawn gaps")
     add("--quick", action="store_true", help=f"{QUICK_REQUESTS} requests, {QUICK_SEEDS} seeds, knees by one")
@@ -297,11 +299,25 @@ def main(arguments: Sequence[str]) -> int:
     fleets = [nodes_of(nodes, options.prefill, options.decode) for nodes in options.nodes or (None,)]
     for policy in (plan.ours, *plan.baselines):
         router_of(policy)
+    tunings = read_tuned(options.tuned) if options.tuned is not None else None
+    traces = [(trace, Path(trace or EXCERPT).name) for trace in options.traces or (None,)]
+
+    def baselines(trace: str, nodes: int, decode: int) -> Sequence[str]:
+        kind = Kind(trace=trace, profile=plan.profile.name, nodes=nodes, decode=decode)
+        return plan.baselines if tunings is None else tuned_baselines(tunings, kind, plan.baselines)
+
+    plans = {
+        (name, nodes, decode): replace(
+            plan, nodes=nodes, decode=decode, baselines=baselines(name, nodes, decode)
+        )
+        for _, name in traces
+        for nodes, decode in fleets
+    }
     result = Result(
         bench="scheduling", machine=describe_machine(), objectives=str(Objectives()), comparisons=[]
     )
     print(f"{result.machine}\ngood: {result.objectives}", flush=True)
-    for trace in options.traces or (None,):
+    for trace, name in traces:
         workloads = workloads_of(
             trace,
             seeds,
@@ -310,9 +326,7 @@ def main(arguments: Sequence[str]) -> int:
             longest=coarse(plan.profile, BLOCK_TOKENS).kv_tokens,
         )
         for nodes, decode in fleets:
-            comparison = compare(
-                replace(plan, nodes=nodes, decode=decode), Path(trace or EXCERPT).name, workloads
-            )
+            comparison = compare(plans[name, nodes, decode], name, workloads)
             result.comparisons.append(comparison)
             print(f"\n{told_comparison(comparison)}", flush=True)
             if options.json is not None:

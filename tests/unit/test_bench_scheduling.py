@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
+from dispatcher.errors import SettingsError
 from dispatcher.simulation.fleet_report import Run
-from tests.bench import scheduling
+from dispatcher.simulation.named_router import router_of
+from dispatcher.simulation.policies import BY_NAME, TUNABLE
+from tests.bench import scheduling, tuning
 from tests.bench.scheduling import DEGRADED, SHARES, SLOW
 from tests.bench.scheduling_ratios import MEASURES, ratios
+from tests.bench.tuning import Tunings, Workload, combinations, read_tuned
 from tests.support.told_run import told_run
 
 TINY = ["--requests", "80", "--nodes", "4", "--seeds", "2", "--quick"]
@@ -102,3 +108,89 @@ def test_a_comparison_where_prefill_and_decode_are_apart(
         "mooncake_conversation_2000-2p1d-sweep.png",
         "mooncake_conversation_2000-2p1d-ratios.png",
     }
+
+
+SHORT = [
+    "--requests",
+    "60",
+    "--nodes",
+    "3",
+    "--seed",
+    "7",
+    "--baseline",
+    "rtp_llm_cost",
+    "--baseline",
+    "random",
+]
+
+
+def test_a_grid_has_every_combination_once_the_defaults_first() -> None:
+    for baseline in BY_NAME:
+        names = list(combinations(baseline))
+        assert names[0] == baseline
+        assert len(set(names)) == len(names) == prod(map(len, TUNABLE[baseline].values()))
+        for name in names:
+            router_of(name)
+
+
+def test_constants_are_tuned_by_the_knee_and_found_again_by_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, report = tmp_path / "tuned.json", tmp_path / "scheduling.json"
+    assert tuning.main([*SHORT, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    (found,) = read_tuned(path).workloads
+    cost, plain = found.tuned
+    assert (found.requests, found.nodes, found.seeds) == (60, 3, [7])
+    assert len(cost.tried) == 16
+    assert [one.slo_attainment for one in cost.tried] == sorted(
+        (one.slo_attainment for one in cost.tried), reverse=True
+    )
+    knees = {one.policy: one.knee_per_s for one in cost.tried if one.knee_per_s is not None}
+    assert knees.keys() >= {"rtp_llm_cost", *[one.policy for one in cost.tried[:2]]}
+    assert cost.knee_per_s == knees[cost.policy] == max(knees.values()) >= cost.default_knee_per_s
+    assert (plain.policy, plain.knee_per_s) == ("random", plain.default_knee_per_s)
+    assert f"{cost.knee_per_s:.2f}" in printed
+
+    tiny = ["--requests", "60", "--nodes", "3", "--seeds", "2", "--quick", "--tuned", str(path)]
+    policies = ["--baseline", "rtp_llm_cost", "--baseline", "round_robin", "--ours", "lmetric"]
+    assert scheduling.main([*tiny, *policies, "--json", str(report)]) == 0
+    (comparison,) = json.loads(report.read_text())["comparisons"]
+    assert comparison["knee"].keys() == {"lmetric", cost.policy, "round_robin"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "4"], r"mooncake_conversation_2000.jsonl.gz on 4 x h100-llama-8b, seen .* on 3 x h100"),
+        (["--nodes", "3", "--profile", "l4-llama-8b"], r"on 3 x l4-llama-8b, seen "),
+        (["--prefill", "2", "--decode", "1"], r"on 2 prefill \+ 1 decode x "),
+    ],
+)
+def test_constants_of_another_fleet_are_not_taken(tmp_path: Path, arguments: list[str], said: str) -> None:
+    path = tmp_path / "tuned.json"
+    found = Workload(
+        trace="mooncake_conversation_2000.jsonl.gz",
+        profile="h100-llama-8b",
+        nodes=3,
+        decode=0,
+        requests=1,
+        seeds=[1],
+        tuned=[],
+    )
+    path.write_bytes(
+        msgspec.json.encode(Tunings(bench="tuning", machine="", objectives="", workloads=[found]))
+    )
+    with pytest.raises(SettingsError, match=said):
+        scheduling.main(["--quick", *arguments, "--tuned", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "No such file"), ("{}", "expected what tuning --json wrote")]
+)
+def test_a_file_that_holds_no_tunings_is_told(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "tuned.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        scheduling.main(["--quick", "--tuned", str(path)])
