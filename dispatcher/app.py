@@ -31,7 +31,7 @@ from dispatcher.scheduling.overload import OverloadParameters
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.retry_budget import RetryBudget
 from dispatcher.scheduling.scheduler import Scheduler
-from dispatcher.scheduling.window import LANE_SHARE
+from dispatcher.scheduling.window import LANE_SHARE, Window
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Chosen, Dispatch
@@ -50,7 +50,7 @@ from dispatcher.services.shed import Shedder
 from dispatcher.services.state import LeaderState
 from dispatcher.services.unreadable import Unreadable
 from dispatcher.services.watch import FleetMirror, Guard
-from dispatcher.settings import DispatcherSettings
+from dispatcher.settings import DispatcherSettings, tenant_weights
 from dispatcher.tasks import run_together
 from dispatcher.telemetry.clock_offset import ClockOffset
 from dispatcher.telemetry.logging import Log
@@ -208,6 +208,7 @@ class Dispatcher:
             names=names,
             fleet=self.mirror.fleet,
             index=self.index,
+            window=Window(is_fair=settings.fair_tenants, weights=tenant_weights(settings.tenant_weights)),
             retries=Delayed(RetryBudget(share=settings.retry_share, floor_per_s=settings.retry_floor_rate)),
             untold_linger_s=settings.own_assignment_ttl_s,
             clock=self._clock,

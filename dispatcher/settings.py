@@ -5,13 +5,14 @@ A wrong value stops the process at start with the setting's name, what was expec
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from dispatcher.backends.access import AccessSettings
-from dispatcher.backends.addresses import KafkaServers, RedisUrl
+from dispatcher.backends.addresses import Form, KafkaServers, RedisUrl
 from dispatcher.backends.legacy_environment import our_policy
 from dispatcher.protocol.names import POOL_PATTERN
 
@@ -21,6 +22,8 @@ NEEDS_RESTART = frozenset(
         "kafka",
         "pool",
         "block_size",
+        "fair_tenants",
+        "tenant_weights",
         "metrics_port",
         "metrics_host",
         "election",
@@ -36,6 +39,32 @@ NEEDS_RESTART = frozenset(
 def lower_case(value: object) -> object:
     """A value in lower case, where it is text."""
     return value.lower() if isinstance(value, str) else value
+
+
+def tenant_weights(text: str) -> dict[str, float]:
+    """The weights in `NAME=WEIGHT,...`.
+
+    Raises:
+        ValueError: it is written otherwise, a weight is not above 0, or a name stands twice.
+    """
+    weights = {}
+    for one in text.split(",") if text.strip() else ():
+        name, _, weight = one.strip().rpartition("=")
+        if not name or name in weights or not 0 < float(weight) < math.inf:
+            raise ValueError(one)
+        weights[name] = float(weight)
+    return weights
+
+
+def _are_weights(text: str) -> bool:
+    try:
+        tenant_weights(text)
+    except ValueError:
+        return False
+    return True
+
+
+TenantWeights = Annotated[str, Form("NAME=WEIGHT,... with each name once and weights above 0", _are_weights)]
 
 
 class DispatcherSettings(AccessSettings):
@@ -71,6 +100,13 @@ class DispatcherSettings(AccessSettings):
     )
     isolate_tenants: bool = Field(
         default=False, description="keep each tenant's cached prompts from the others, by a salt"
+    )
+    fair_tenants: bool = Field(
+        default=True, description="whether tenants of equal priority share capacity by their weights"
+    )
+    tenant_weights: TenantWeights = Field(
+        default="",
+        description="NAME=WEIGHT,...: a tenant's share of capacity beside the others'; 1 if not named",
     )
     work_weight: float = Field(
         default=0.5, ge=0, le=100, description="seconds that a second of own prefill counts besides its own"

@@ -1,23 +1,24 @@
 """The window: envelopes read from the log or put back to pending, waiting to be bound.
 
-Ordered by priority, then deadline (put off for long prompts), then age, per lane and model, so that a model
-without capacity holds up nobody else. Interactive requests go first; batch gets spare capacity and one bind
-in twenty of each model, and a batch request older than its longest wait competes as interactive.
+Ordered by priority, then among tenants (`fair_queue`), then by deadline (put off for long prompts) and age,
+per lane and model, so that a model without capacity holds up nobody else. Interactive requests go first;
+batch gets spare capacity and one bind in twenty of each model, and a batch request older than its longest
+wait competes as interactive.
 Each lane has a share of the window of its own, so that a backlog of one keeps nobody from reading the other.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher.protocol.assignment import Envelope
-from dispatcher.protocol.handoff import Handoff
+from dispatcher.protocol.handoff import Handoff, Stage
 from dispatcher.protocol.names import Lane, Ref
 from dispatcher.scheduling.backlog import Backlog
 from dispatcher.scheduling.choice import Choice, Planned
+from dispatcher.scheduling.fair_queue import FairQueue, Order
 from dispatcher.scheduling.scheduler import Scheduler
 
 BATCH_EVERY = 20
@@ -36,6 +37,8 @@ FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
 OWED, ORDINARY, SPARE = range(3)
 """Whose turn it is."""
+ANSWER_TOKEN = 2.0
+"""What a token of an answer counts of a tenant's service; a computed one of a prompt is 1 (as in VTC)."""
 ENVELOPE_OVERHEAD_BYTES = 700
 """What an envelope without its data costs in memory, measured with tracemalloc, rounded up."""
 
@@ -70,16 +73,14 @@ class Waiting:
 
 Key = tuple[Lane, str, bool]
 """(lane, model, whether its prompt is computed): a queue of its own, since other nodes are waited for."""
-Order = tuple[int, int, int, int, int, str]
-"""(urgent first, -priority, deadline put off for its prefill, append time, sequence, ref)"""
 
 
 @dataclass(kw_only=True)
 class Round:
-    """One round of choices: what was passed over, and the seconds of prefill it will cost nodes."""
+    """One round of choices: how many were passed over, and the seconds of prefill they will cost nodes."""
 
     planned: Planned = field(default_factory=dict)
-    passed: dict[Key, list[Order]] = field(default_factory=dict)
+    passed: dict[Key, int] = field(default_factory=dict)
 
 
 class Window:
@@ -87,15 +88,25 @@ class Window:
 
     Args:
         max_batch_wait_ms: a batch request that waited longer competes as interactive.
+        is_fair: whether tenants share capacity at all.
+        weights: in what proportions, by tenant; 1 for one that is not named.
 
     `longer_ms` tells how much later than its deadline says a request's turn comes, at most `most_put_off_ms`.
     """
 
-    def __init__(self, *, max_batch_wait_ms: int = 3_600_000) -> None:
+    def __init__(
+        self,
+        *,
+        max_batch_wait_ms: int = 3_600_000,
+        is_fair: bool = True,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.longer_ms: Callable[[Envelope], int] = lambda envelope: 0
         self.most_put_off_ms = 10_000
+        self._is_fair = is_fair
+        self._weights = weights if weights is not None else {}
         self._waiting: dict[str, Waiting] = {}
-        self._queues: dict[Key, list[Order]] = {}
+        self._queues: dict[Key, FairQueue] = {}
         self._urgent: set[str] = set()
         self._parked: list[tuple[Key, Order]] = []
         self._unpark_at_ms = 0
@@ -150,9 +161,22 @@ class Window:
         if waiting.ref.lane is Lane.INTERACTIVE:
             backlog = self._backlogs.get(waiting.envelope.model)
             if backlog is None:
-                backlog = self._backlogs[waiting.envelope.model] = Backlog()
+                backlog = self._backlogs[waiting.envelope.model] = Backlog(self._weight_of, self._tenant)
             backlog.push(waiting.envelope, waiting.bytes, is_fresh=not waiting.from_pending)
-        heapq.heappush(self._queues.setdefault(waiting.key, []), self._order(waiting))
+        self._stand(waiting.key, self._order(waiting), waiting.envelope)
+
+    def _weight_of(self, tenant: str) -> float:
+        """A tenant's weight."""
+        return self._weights.get(tenant, 1.0)
+
+    def _tenant(self, envelope: Envelope) -> str:
+        return envelope.tenant if self._is_fair else ""
+
+    def _stand(self, key: Key, order: Order, envelope: Envelope) -> None:
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = FairQueue(self._waiting, self._weight_of)
+        queue.push(order, self._tenant(envelope))
 
     def _order(self, waiting: Waiting) -> Order:
         self._sequence += 1
@@ -207,11 +231,8 @@ class Window:
         """Drop the orders of requests that are gone, which a head that can't be bound keeps in the heaps."""
         self._stale = 0
         for key, queue in list(self._queues.items()):
-            kept = [order for order in queue if order[5] in self._waiting]
-            heapq.heapify(kept)
-            if kept:
-                self._queues[key] = kept
-            else:
+            queue.sweep()
+            if not len(queue):
                 del self._queues[key]
         self._parked = [entry for entry in self._parked if entry[1][5] in self._waiting]
 
@@ -221,7 +242,7 @@ class Window:
         if waiting is not None and ref not in self._urgent:
             self._urgent.add(ref)
             # Its queue may be gone for now: what is put aside stands in none.
-            heapq.heappush(self._queues.setdefault(waiting.key, []), self._order(waiting))
+            self._stand(waiting.key, self._order(waiting), waiting.envelope)
 
     def hurry_batch_after(self, wait_ms: int) -> None:
         """Let a batch request compete as interactive after this time, if that is sooner."""
@@ -241,10 +262,9 @@ class Window:
 
     def end_round(self, round: Round) -> None:
         """Put back what was passed over, in its old order."""
-        for key, passed in round.passed.items():
-            queue = self._queues.setdefault(key, [])
-            for order in passed:
-                heapq.heappush(queue, order)
+        for key in round.passed:
+            if key in self._queues:
+                self._queues[key].end_round()
 
     def choose(self, scheduler: Scheduler, round: Round, now_ms: int) -> tuple[Waiting, Choice] | None:
         """Take out the next request that some node can take now; None when there is none.
@@ -293,24 +313,27 @@ class Window:
         parked, self._parked = self._parked, []
         self._unpark_at_ms = now_ms + PARK_MS
         for key, order in parked:
-            heapq.heappush(self._queues.setdefault(key, []), order)
+            waiting = self._waiting.get(order[5])
+            if waiting is not None:
+                self._stand(key, order, waiting.envelope)
 
     def _head(self, key: Key) -> Order | None:
-        queue = self._queues.get(key, [])
-        while queue and queue[0][5] not in self._waiting:
-            heapq.heappop(queue)
-        if not queue:
-            self._queues.pop(key, None)
+        queue = self._queues.get(key)
+        if queue is None:
             return None
-        return queue[0]
+        head = queue.head()
+        if head is None and not len(queue):
+            del self._queues[key]
+        return head
 
     def _choose_from(
         self, key: Key, scheduler: Scheduler, round: Round, now_ms: int, *, look_past: int
     ) -> tuple[Waiting, Choice] | None:
-        passed = round.passed.setdefault(key, [])
+        round.passed.setdefault(key, 0)
         parked = 0
-        while len(passed) < look_past and parked < MOST_PARKED and self._head(key) is not None:
-            order = heapq.heappop(self._queues[key])
+        while round.passed[key] < look_past and parked < MOST_PARKED and self._head(key) is not None:
+            queue = self._queues[key]
+            order, tenant = queue.pop()
             waiting = self._waiting[order[5]]
             choice = scheduler.choose(
                 waiting.envelope,
@@ -325,10 +348,21 @@ class Window:
                 if key[0] is Lane.INTERACTIVE:
                     self._backlogs[key[1]].stick(waiting.envelope)
                 continue
+            tokens = _service_tokens(waiting.envelope, choice)
             if choice.has_room:
+                queue.serve(order, tenant, tokens)
                 self._take(order[5], is_bound=True)
                 return waiting, choice
-            passed.append(order)
+            queue.look_past(order, tenant, tokens)
+            round.passed[key] += 1
             name = choice.node.name
             round.planned[name] = round.planned.get(name, 0.0) + choice.prefill_s
         return None
+
+
+def _service_tokens(envelope: Envelope, choice: Choice) -> float:
+    """What a request costs of its tenant's service: what is to be computed of its prompt, and its answer."""
+    answer = 0.0
+    if choice.stage is not Stage.PREFILL:
+        answer = ANSWER_TOKEN * choice.node.answers.typical(envelope.max_tokens)
+    return answer if choice.stage is Stage.DECODE else choice.uncached_tokens + answer

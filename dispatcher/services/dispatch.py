@@ -99,7 +99,7 @@ class Dispatch:
             )
             chosen.append((waiting, choice, bound))
         state.window.end_round(round)
-        state.metrics.waits_for_holder.set(sum(map(len, round.passed.values())))
+        state.metrics.waits_for_holder.set(sum(round.passed.values()))
         return chosen
 
     def _bind(self, waiting: Waiting, choice: Choice) -> Bound:

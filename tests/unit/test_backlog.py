@@ -16,13 +16,16 @@ NOW_MS = 1_790_000_000_000
 PATIENCES_MS = (1_000, 30_000, 600_000)
 
 
-def envelope(n: int, priority: int, tokens: int, patience_ms: int, age_ms: int = 0) -> Envelope:
+def envelope(
+    n: int, priority: int, tokens: int, patience_ms: int, age_ms: int = 0, tenant: str = "t"
+) -> Envelope:
     """A request that came `age_ms` ago."""
     appended_ms = NOW_MS - age_ms
     return Envelope(
         ref=f"i0_{n}",
         id=f"r{n}",
         model="m",
+        tenant=tenant,
         priority=priority,
         prompt_tokens=tokens,
         max_tokens=0,
@@ -155,3 +158,34 @@ def test_a_rate_follows_the_share_of_nodes_that_is_left() -> None:
         drain.observe(100, 1, 0.1)
     drain.scale(0.5)
     assert drain.tokens_per_s == pytest.approx(500)
+
+
+# Tenants
+
+
+def test_only_its_share_of_the_others_work_is_ahead_of_a_tenants_request() -> None:
+    weights = {"flood": 1.0, "paid": 4.0}
+    backlog = Backlog(lambda tenant: weights.get(tenant, 1.0))
+    for n in range(1_000):
+        backlog.push(envelope(n, 50, 100, 30_000, tenant="flood"), 10, is_fresh=True)
+    another = [envelope(2_000 + n, 50, 100, 30_000, tenant="small") for n in range(3)]
+    assert backlog.ahead_tokens(another[0]) == 100
+    backlog.push(another[0], 10, is_fresh=True)
+    assert backlog.ahead_tokens(another[1]) == 100 + 200
+    assert backlog.ahead_tokens(envelope(3_000, 50, 100, 30_000, tenant="paid")) == 50
+    assert backlog.ahead_tokens(envelope(3_001, 50, 100, 30_000, tenant="flood")) == 100_000 + 100
+    assert backlog.ahead_tokens(envelope(3_002, 60, 100, 30_000, tenant="small")) == 0
+    assert backlog.ahead_tokens(envelope(3_003, 40, 100, 30_000, tenant="small")) == 100_100
+    backlog.remove(another[0], 10, is_bound=True)
+    assert backlog.ahead_tokens(another[1]) == 100
+
+
+def test_what_waited_too_long_is_told_in_the_order_in_which_tenants_have_their_turns() -> None:
+    backlog = Backlog(lambda tenant: 2.0 if tenant == "paid" else 1.0)
+    for n, tenant in enumerate(["flood"] * 5 + ["paid"] * 3 + ["small"]):
+        backlog.push(envelope(n, 50, 10, 30_000 + n, age_ms=20_000 - n, tenant=tenant), 10, is_fresh=True)
+    ((_, late),) = backlog.appended_before(NOW_MS)
+    assert [one.tenant for one in late] == [
+        *("flood", "paid", "small", "paid", "flood", "paid", "flood", "flood", "flood")
+    ]
+    assert [one.id for one in late if one.tenant == "flood"] == ["r0", "r1", "r2", "r3", "r4"]

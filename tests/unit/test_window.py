@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,7 @@ def waiting(
     data: bytes = b"",
     excluded: tuple[str, ...] = (),
     lora: str = "",
+    tenant: str = "",
 ) -> Waiting:
     """A request; its offset names it."""
     ref = Ref(lane, 0, offset)
@@ -53,6 +55,7 @@ def waiting(
         prompt_tokens=prompt_tokens,
         tokens_exact=True,
         lora=lora,
+        tenant=tenant,
         appended_ms=NOW_MS - age_ms,
         deadline_at_ms=NOW_MS + deadline_ms,
     )
@@ -79,7 +82,7 @@ def node(
 class Bench:
     """A window, a fleet, and the binding that a leader does between choices."""
 
-    def __init__(self, fleet: Fleet, items: Iterable[Waiting] = (), **settings: int) -> None:
+    def __init__(self, fleet: Fleet, items: Iterable[Waiting] = (), **settings: Any) -> None:
         self.window = Window(**settings)
         self.fleet = fleet
         self.rng = random.Random(1)
@@ -127,6 +130,30 @@ def test_priority_goes_before_deadline_before_age_before_arrival() -> None:
         waiting(6, priority=1, deadline_ms=1),
     ]
     assert Bench(fleet_of(node()), items).bind_all() == [5, 4, 3, 1, 2, 6]
+
+
+def flood(**settings: Any) -> Bench:
+    """A tenant's backlog, and five requests of two others that came last and are due last."""
+    items = [waiting(n, tenant="flood", age_ms=1_000) for n in range(100)]
+    items += [waiting(100 + n, tenant="small", deadline_ms=90_000) for n in range(3)]
+    items += [waiting(103 + n, tenant="paid", deadline_ms=90_000) for n in range(2)]
+    return Bench(fleet_of(node()), items, **settings)
+
+
+def test_a_tenants_backlog_is_its_own() -> None:
+    order = flood().bind_all()
+    assert sorted(order) == list(range(105))
+    assert {100, 101, 103, 104} <= set(order[:8])
+    assert [n for n in order if n < 100] == list(range(100))
+
+
+def test_weights_say_who_goes_first() -> None:
+    order = flood(weights={"paid": 10.0}).bind_all()
+    assert {103, 104} <= set(order[:4])
+
+
+def test_tenants_can_be_told_to_count_as_one() -> None:
+    assert flood(is_fair=False).bind_all() == list(range(105))
 
 
 def test_a_long_prompt_lets_shorter_ones_pass_for_a_while_but_not_forever() -> None:
