@@ -80,33 +80,31 @@ class FairQueue:
         return None
 
     def pop(self) -> tuple[Order, str]:
-        """Take out the head, as `head` told it, and name its tenant."""
+        """Take out the head, as `head` told it, and name its tenant; one of the next three is to follow."""
         entry = self._entries[0]
-        one = (entry[1], entry[6])
-        order = heapq.heappop(self._orders[one])
-        self._enter(one)
-        return order, entry[6]
+        return heapq.heappop(self._orders[entry[1], entry[6]]), entry[6]
 
     def serve(self, order: Order, tenant: str, tokens: float) -> None:
-        """Count what a tenant was given for a request that was taken out."""
-        one, weight = (order[1], tenant), self._weight_of(tenant)
-        self._served[one] = self._served.get(one, self._virtual.get(order[1], 0.0)) + tokens / weight
-        waiting = self._weights.get(order[1], 0.0)
-        if one in self._orders:
-            self._enter(one)
-        else:
-            waiting += weight
-        self._virtual[order[1]] = self._virtual.get(order[1], 0.0) + tokens / waiting
+        """Count what a tenant was given for the request that was taken out."""
+        priority = order[1]
+        one, weight = (priority, tenant), self._weight_of(tenant)
+        virtual = self._virtual.get(priority, 0.0)
+        self._virtual[priority] = virtual + tokens / self._weights[priority]
+        self._served[one] = self._served.get(one, virtual) + tokens / weight
+        self._enter(one)
         if len(self._served) > self._most_kept:
             self._forget()
 
     def look_past(self, order: Order, tenant: str, tokens: float) -> None:
-        """Put one that was taken out aside until `end_round`, and count it until then: others have a turn."""
+        """Put the one that was taken out aside until `end_round`; until then it counts: others have a turn."""
         one = (order[1], tenant)
         self._looked_past.append((order, tenant))
         self._passed[one] = self._passed.get(one, 0.0) + tokens / self._weight_of(tenant)
-        if one in self._orders:
-            self._enter(one)
+        self._enter(one)
+
+    def part(self, order: Order, tenant: str) -> None:
+        """Let go of the one that was taken out."""
+        self._enter((order[1], tenant))
 
     def end_round(self) -> None:
         """Take back what was looked past."""
@@ -147,8 +145,13 @@ class FairQueue:
             self._weights[one[0]] -= self._weight_of(one[1])
             return
         urgent, priority, due_ms, _, sequence, _ = orders[0]
-        served = self._served[one] + self._passed.get(one, 0.0)
+        served = self._served[one]
+        if self._passed:
+            served += self._passed.get(one, 0.0)
         self._sequence += 1
         entry = (urgent, priority, served, due_ms, sequence, self._sequence, one[1])
         self._current[one] = entry
-        heapq.heappush(self._entries, entry)
+        if self._entries and self._entries[0][6] == one[1] and self._entries[0][1] == one[0]:
+            heapq.heapreplace(self._entries, entry)
+        else:
+            heapq.heappush(self._entries, entry)

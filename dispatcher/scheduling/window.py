@@ -343,6 +343,7 @@ class Window:
                 is_decode=waiting.handoff is not None and now_ms < waiting.handoff.expires_ms,
             )
             if choice is None:
+                queue.part(order, tenant)
                 self._parked.append((key, order))
                 parked += 1
                 if key[0] is Lane.INTERACTIVE:

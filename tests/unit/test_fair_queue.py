@@ -58,6 +58,7 @@ def test_one_tenants_requests_come_by_priority_and_deadline() -> None:
     hurried = bench.push("a", priority=1, urgent=True)
     turns = []
     while (taken := bench.take()) is not None:
+        bench.queue.part(*taken)
         turns.append(taken[0][5])
     assert turns == [hurried, first, soon, late]
 
@@ -225,5 +226,6 @@ def test_nothing_is_lost_and_turns_are_those_of_a_plain_list(
     present |= passed
     left = []
     while (taken := bench.take()) is not None:
+        bench.queue.part(*taken)
         left.append(taken[0])
     assert sorted(left) == sorted(present.values())
