@@ -96,7 +96,7 @@ class FairQueue:
             self._forget()
 
     def look_past(self, order: Order, tenant: str, tokens: float) -> None:
-        """Put the one that was taken out aside until `end_round`; until then it counts: others have a turn."""
+        """Put the one that was taken out aside until `end_round`; it counts until then: others get turns."""
         one = (order[1], tenant)
         self._looked_past.append((order, tenant))
         self._passed[one] = self._passed.get(one, 0.0) + tokens / self._weight_of(tenant)
