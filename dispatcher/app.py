@@ -37,6 +37,7 @@ from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Chosen, Dispatch
 from dispatcher.services.election import Election
 from dispatcher.services.expire import Expire
+from dispatcher.services.explain import Explain
 from dispatcher.services.held_outcomes import HeldOutcomes
 from dispatcher.services.intake import Intake
 from dispatcher.services.mend import Mend
@@ -270,8 +271,17 @@ class Dispatcher:
                 carried_bytes=settings.carried_bytes,
                 span_limit=settings.span_limit,
             )
+            explain = Explain(
+                state, store, scheduler, share=settings.explain_share, per_s=settings.explain_rate
+            )
             dispatch = Dispatch(
-                state, store, endings, scheduler=scheduler, batches=batches, batch=settings.assign_batch
+                state,
+                store,
+                endings,
+                explain,
+                scheduler=scheduler,
+                batches=batches,
+                batch=settings.assign_batch,
             )
             recall = Recall(state, requests, limits)
             mend = Mend(state, store, self._view, recall, endings)
@@ -305,6 +315,7 @@ class Dispatcher:
                 cancels,
                 expire,
                 dispatch,
+                explain,
                 intake,
                 partitions,
                 retention,

@@ -69,6 +69,11 @@ COMMANDS = (
     ),
     Command(name="uncordon", text="take a cordon or drain back", module="dispatcher.nodes"),
     Command(
+        name="explain",
+        text="tell why a request went to its node: candidates, costs, waiting",
+        module="dispatcher.explain.command",
+    ),
+    Command(
         name="dead",
         text="list dead letters, show why each died, send its record again, purge",
         module="dispatcher.dead.command",

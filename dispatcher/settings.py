@@ -253,6 +253,12 @@ class DispatcherSettings(AccessSettings):
     shed_interval_s: float = Field(
         default=10.0, ge=0.1, le=3600, description="how long a queue must stand to be overload, seconds"
     )
+    explain_share: float = Field(
+        default=1.0, ge=0, le=1, description="share of decisions that flexlb explain can tell of"
+    )
+    explain_rate: float = Field(
+        default=50.0, ge=0, le=1000, description="most decisions explained, per second; 0 for none"
+    )
     topic_partitions: int = Field(
         default=4, ge=1, le=1000, description="partitions of topics that `init` creates"
     )

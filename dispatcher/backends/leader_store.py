@@ -23,6 +23,12 @@ from dispatcher.protocol.node import Medium
 NO_ERRORS: Mapping[str, str] = MappingProxyType({})
 IDENTITY_WINDOW_MS = 600_000
 """How long (tenant, id) is remembered."""
+EXPLAINED_REQUESTS = 5_000
+"""Requests whose explanations are kept: about 15 MB, whatever the fleet's size."""
+EXPLAINED_EACH = 8
+"""Explanations kept of one request: the newest."""
+EXPLAINED_MS = 3_600_000
+"""How long they are kept at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +151,9 @@ class LeaderStore:
     def _note_strange(self, keys: Sequence[bytes]) -> None:
         self.strange.update(key.decode(errors="replace") for key in keys)
 
-    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> list[Any]:
+    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
         self.lease.check()
-        answer: list[Any] = await self._runner.run(name, keys, [self.lease.token, *arguments])
+        answer: Any = await self._runner.run(name, keys, [self.lease.token, *arguments])
         return answer
 
     async def assign(
@@ -339,6 +345,14 @@ class LeaderStore:
         for key, owner in identities.items():
             arguments += (key, owner)
         await self._run_counted("remember", (), arguments)
+
+    async def explain(self, items: Sequence[tuple[str, str, bytes]]) -> None:
+        """Keep explanations: (tenant, id, explanation) each."""
+        names = self.names
+        arguments: list[Argument] = [EXPLAINED_REQUESTS, EXPLAINED_EACH, EXPLAINED_MS]
+        for tenant, id, explanation in items:
+            arguments += (names.digest(tenant, id), explanation)
+        await self._run("explain", (names.epoch, names.explanations, names.explained), arguments)
 
     async def adopt(
         self, node: str, incarnation: str, items: Sequence[AdoptItem], *, lease_s: float, now_iso: str

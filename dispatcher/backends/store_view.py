@@ -277,6 +277,19 @@ class StoreView:
             for at, node in enumerate(wanted)
         }
 
+    async def explanations(self, tenant: str, id: str) -> list[bytes]:
+        """Why a request went where it went, oldest first, encoded; [] when none is kept."""
+        names = self.names
+        found = await self._ask(
+            self._client.hget(names.explanations, names.digest(tenant, id)), "explanations"
+        )
+        return found.split(b"\n") if found else []
+
+    async def owner(self, tenant: str, id: str) -> str:
+        """The ref that a (tenant, id) belongs to, '' when nobody used that id in the last minutes."""
+        found = await self._ask(self._client.get(self.names.identity(tenant, id)), "identity")
+        return found.decode().partition("|")[0] if found else ""
+
     async def cached_blocks(self, node: str) -> CachedBlocks | None:
         """What a node's cache view holds, read in one step; None when Redis does not know the node."""
         tiers = list(Medium)

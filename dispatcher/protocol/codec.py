@@ -13,6 +13,7 @@ import msgspec
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.checkpoint import Checkpoint
 from dispatcher.protocol.chunk import Chunk
+from dispatcher.protocol.explanation import Explanation
 from dispatcher.protocol.handoff import Handoff
 from dispatcher.protocol.node import BlockEvent, NodeIdentity, NodeReport
 from dispatcher.protocol.outcome import DeadLetter, FailedAttempt, Outcome, OutcomeHead
@@ -103,6 +104,7 @@ dead_letters = Codec(DeadLetter)
 failed_attempts = Codec(FailedAttempt)
 checkpoints = Codec(Checkpoint)
 handoffs = Codec(Handoff)
+explanations = Codec(Explanation)
 
 
 class _Named(msgspec.Struct):

@@ -136,6 +136,8 @@ class Names:
     | pending                 | zset   | while in this place  | L      | L     |
     | pending:<ref>           | hash   | while in this place  | L      | L     |
     | closing                 | stream | until published      | L, A+  | L     |
+    | explanations            | hash   | 1 h after the last   | L      | O     |
+    | explained               | zset   | 1 h after the last   | L      | L     |
     | reports                 | stream | capped               | A+, O+ | L     |
     | blocks                  | stream | capped               | A+     | L     |
     | nodes                   | set    | permanent            | L      | L     |
@@ -262,8 +264,22 @@ class Names:
 
     def identity(self, tenant: str, request_id: str) -> str:
         """Which ref a (tenant, id) belongs to, for ten minutes: `<ref>|<fingerprint>`."""
-        digest = hashlib.sha256(f"{len(tenant)}:{tenant}{request_id}".encode()).hexdigest()[:32]
-        return f"{self.prefix}id:{digest}"
+        return f"{self.prefix}id:{self.digest(tenant, request_id)}"
+
+    @staticmethod
+    def digest(tenant: str, request_id: str) -> str:
+        """What stands for a (tenant, id) in keys and fields."""
+        return hashlib.sha256(f"{len(tenant)}:{tenant}{request_id}".encode()).hexdigest()[:32]
+
+    @property
+    def explanations(self) -> str:
+        """Why requests went where they went, by digest of (tenant, id): explanations, one a line."""
+        return f"{self.prefix}explanations"
+
+    @property
+    def explained(self) -> str:
+        """The digests in `explanations` by the time of their newest (server epoch ms), to trim it by."""
+        return f"{self.prefix}explained"
 
     @property
     def pending(self) -> str:

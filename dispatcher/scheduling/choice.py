@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dispatcher.protocol.explanation import Rule
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.scheduling.cost_based_prefill import CandidatePool, CostBased
@@ -60,11 +62,37 @@ class SchedulingParameters:
     ttft_pool: CandidatePool = TTFT_POOL
 
 
+class Priced(NamedTuple):
+    """What a node would cost, seconds: `total_s` is the sum of the others.
+
+    `wait_s` is the work it has before, `slot_s` included, `pressure_s` how full it is.
+    """
+
+    total_s: float
+    hit_tokens: int
+    wait_s: float
+    prefill_s: float
+    node: NodeState
+    blocks: int
+    slot_s: float
+    planned_s: float
+    work_s: float
+    stall_s: float
+    burst_s: float
+    pressure_s: float
+    transfer_s: float
+
+
+Prices = Sequence[tuple[float, int, float, float, NodeState, int, *tuple[float, ...]]]
+"""Fields of `Priced`, in plain tuples: they are made for every candidate of every decision."""
+
+
 class Choice(NamedTuple):
     """The best node for a request. `has_room` says whether it can be bound now; if not, it is worth waiting.
 
     `wait_s` is the work predicted before it, `prefill_s` its own; `is_stale` says that the node's load was
-    taken from its peers, since its last report is old.
+    taken from its peers, since its last report is old. `rule` says what decided, `prices` between whom,
+    where a policy has prices.
     """
 
     node: NodeState
@@ -76,6 +104,8 @@ class Choice(NamedTuple):
     looked_at: int
     is_stale: bool = False
     stage: Stage = Stage.WHOLE
+    rule: Rule = Rule.LEAST_COST
+    prices: Prices = ()
 
 
 class Capacity(NamedTuple):

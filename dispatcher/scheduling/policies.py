@@ -9,13 +9,16 @@ room, and queue there. `cost_based_prefill` and `shortest_ttft` are the original
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.explanation import Rule
 from dispatcher.protocol.node import Role
-from dispatcher.scheduling.choice import Choice, Planned
+from dispatcher.scheduling.choice import Choice, Planned, Prices
 from dispatcher.scheduling.fleet import NodeState
+from dispatcher.scheduling.prefix_index import Match
 from dispatcher.scheduling.stages import transfer_s
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 QUEUED_BOUND = 10_000
 """Requests queued at one node by policies that don't ask for room."""
+_TOTAL, _HIT = itemgetter(0), itemgetter(1)
+"""Of a price."""
 
 
 def prefill_cost(
@@ -33,40 +38,18 @@ def prefill_cost(
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
         return None
-    parameters = scheduler.parameters
-    now_s, rng = scheduler.now_s, scheduler.rng
-    burst_weight, pressure_s = parameters.burst_weight, parameters.pressure_s
-    depth = scheduler.index.depth
-    moved_s = transfer_s(envelope.prompt_tokens) if scheduler.generators(envelope) else 0.0
-    scored = []
-    best = float("inf")
-    for node in nodes:
-        blocks = depth(matches, node.name) if matches else 0
-        hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
-        prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
-        wait_s = scheduler.queued_s(node, envelope.model)
-        if not node.has_space(envelope):
-            wait_s += node.slot_wait_s
-        answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
-        stall_s = node.decoding * prefill_s * prefill_s / answer_s
-        k = node.fullness
-        total = (
-            wait_s
-            + planned.get(node.name, 0.0)
-            + prefill_s * (1 + parameters.work_weight)
-            + parameters.stall_weight * stall_s
-            + burst_weight * node.burst.seconds(now_s)
-            + pressure_s * k / (1 - k)
-        )
-        if moved_s and node.identity.role is Role.PREFILL:
-            total += moved_s
-        scored.append((total, hit, wait_s, prefill_s, node))
-        if total < best:
-            best = total
-    near = [one for one in scored if one[0] <= best * (1 + parameters.near_tie)]
-    most_cached = max(one[1] for one in near)
-    near = [one for one in near if one[1] == most_cached]
-    _, hit, wait_s, prefill_s, node = near[0] if len(near) == 1 else near[rng.randrange(len(near))]
+    prices = price(scheduler, envelope, nodes, planned, matches)
+    best = min(map(_TOTAL, prices))
+    near = [one for one in prices if one[0] <= best * (1 + scheduler.parameters.near_tie)]
+    rule = Rule.LEAST_COST
+    if len(near) > 1:
+        rule = Rule.MOST_CACHED
+        most_cached = max(map(_HIT, near))
+        near = [one for one in near if one[1] == most_cached]
+        if len(near) > 1:
+            rule = Rule.CHANCE
+            near = [near[scheduler.rng.randrange(len(near))]]
+    _, hit, wait_s, prefill_s, node, *_ = near[0]
     room = node.has_space(envelope) and not planned.get(node.name) and wait_s <= scheduler.lookahead_s(node)
     return Choice(
         node=node,
@@ -77,7 +60,60 @@ def prefill_cost(
         prefill_s=prefill_s,
         looked_at=len(nodes),
         is_stale=scheduler.is_stale(node),
+        rule=rule,
+        prices=prices,
     )
+
+
+def price(
+    scheduler: Scheduler,
+    envelope: Envelope,
+    nodes: Sequence[NodeState],
+    planned: Planned,
+    matches: Sequence[Match],
+) -> Prices:
+    """What each of `nodes` would cost, in their order."""
+    parameters = scheduler.parameters
+    now_s = scheduler.now_s
+    work_weight, stall_weight = parameters.work_weight, parameters.stall_weight
+    burst_weight, pressure_weight = parameters.burst_weight, parameters.pressure_s
+    depth = scheduler.index.depth
+    moved_s = transfer_s(envelope.prompt_tokens) if scheduler.generators(envelope) else 0.0
+    prices = []
+    for node in nodes:
+        name = node.name
+        blocks = depth(matches, name) if matches else 0
+        hit = scheduler.hit_tokens(node, envelope, blocks) if blocks else 0
+        prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
+        slot_s = 0.0 if node.has_space(envelope) else node.slot_wait_s
+        wait_s = scheduler.queued_s(node, envelope.model) + slot_s
+        planned_s = planned.get(name, 0.0)
+        work_s = prefill_s * work_weight
+        answer_s = parameters.tpot_slo_s * node.answers.typical(envelope.max_tokens)
+        stall_s = stall_weight * node.decoding * prefill_s * prefill_s / answer_s
+        burst_s = burst_weight * node.burst.seconds(now_s)
+        k = node.fullness
+        pressure_s = pressure_weight * k / (1 - k)
+        hop_s = moved_s if moved_s and node.identity.role is Role.PREFILL else 0.0
+        total = wait_s + planned_s + (prefill_s + work_s) + stall_s + burst_s + pressure_s + hop_s
+        prices.append(
+            (
+                total,
+                hit,
+                wait_s,
+                prefill_s,
+                node,
+                blocks,
+                slot_s,
+                planned_s,
+                work_s,
+                stall_s,
+                burst_s,
+                pressure_s,
+                hop_s,
+            )
+        )
+    return prices
 
 
 def least_outstanding_tokens(
@@ -92,7 +128,8 @@ def least_outstanding_tokens(
     least = min(loads)
     tied = [node for node, load in zip(roomy or nodes, loads, strict=True) if load <= least]
     node = tied[0] if len(tied) == 1 else tied[scheduler.rng.randrange(len(tied))]
-    return scheduler.choice(node, envelope, has_room=bool(roomy), looked_at=len(nodes))
+    rule = Rule.FEWEST_TOKENS if len(tied) == 1 else Rule.CHANCE
+    return scheduler.choice(node, envelope, has_room=bool(roomy), looked_at=len(nodes), rule=rule)
 
 
 def choose_random(
@@ -103,7 +140,7 @@ def choose_random(
     if not nodes:
         return None
     node = nodes[scheduler.rng.randrange(len(nodes))]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes), rule=Rule.CHANCE)
 
 
 def round_robin(
@@ -114,7 +151,7 @@ def round_robin(
     if not nodes:
         return None
     node = nodes[scheduler.next_turn() % len(nodes)]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes), rule=Rule.TURN)
 
 
 def round_robin_lowest_concurrency(
@@ -127,7 +164,8 @@ def round_robin_lowest_concurrency(
     fewest = min(len(node.held) for node in nodes)
     lowest = [node for node in nodes if len(node.held) == fewest]
     node = lowest[scheduler.next_turn() % len(lowest)]
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+    rule = Rule.FEWEST_REQUESTS if len(lowest) == 1 else Rule.TURN
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes), rule=rule)
 
 
 def shortest_ttft(
@@ -148,7 +186,8 @@ def shortest_ttft(
     pool = ranked[: scheduler.parameters.ttft_pool.of(len(ranked))]
     node = min(pool, key=lambda node: node.chosen)
     node.chosen = scheduler.next_turn()
-    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes))
+    rule = Rule.LEAST_COST if len(pool) == 1 else Rule.LONGEST_UNCHOSEN
+    return scheduler.choice(node, envelope, has_room=True, looked_at=len(nodes), rule=rule)
 
 
 def cost_based_prefill(
@@ -167,7 +206,11 @@ def cost_based_prefill(
     unshut = [node for node in nodes if not node.is_shut]
     if not unshut:
         return scheduler.choice(
-            min(nodes, key=lambda node: node.pending), envelope, has_room=False, looked_at=len(nodes)
+            min(nodes, key=lambda node: node.pending),
+            envelope,
+            has_room=False,
+            looked_at=len(nodes),
+            rule=Rule.FEWEST_REQUESTS,
         )
     matches = scheduler.matches(envelope)
     waits_s, prefills_s = [], []
@@ -177,7 +220,9 @@ def cost_based_prefill(
         waits_s.append(scheduler.queued_s(node, envelope.model) + scheduler.batch_wait_s(node))
         prefills_s.append(scheduler.prefill_s(node, envelope, hit, blocks))
     place = constants.choose(waits_s, [node.pending for node in unshut], prefills_s, scheduler.rng)
-    return scheduler.choice(unshut[place], envelope, has_room=True, looked_at=len(nodes))
+    return scheduler.choice(
+        unshut[place], envelope, has_room=True, looked_at=len(nodes), rule=Rule.NEARLY_LEAST_WAIT
+    )
 
 
 def _unfilled(scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...]) -> list[NodeState]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.explanation import Bar, Rule
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.node import Medium, Role
 from dispatcher.scheduling.batches import Batches
@@ -86,6 +87,7 @@ class Scheduler:
         self.fleet = fleet
         self.index = index
         self.parameters = parameters if parameters is not None else SchedulingParameters()
+        self.policy, self.decode_policy = policy, decode_policy
         self._policy = POLICIES[policy]
         self._decode_policy = DECODE_POLICIES[decode_policy]
         self._asks_for_room = policy in ASKS_FOR_ROOM
@@ -261,7 +263,9 @@ class Scheduler:
                     break
         return list(chosen.values()) or self.eligible(envelope, excluded)
 
-    def choice(self, node: NodeState, envelope: Envelope, *, has_room: bool, looked_at: int) -> Choice:
+    def choice(
+        self, node: NodeState, envelope: Envelope, *, has_room: bool, looked_at: int, rule: Rule
+    ) -> Choice:
         """The choice of `node` by a policy that predicts nothing; its hits are told all the same."""
         blocks = self.index.depth(self.matches(envelope), node.name)
         hit = self.hit_tokens(node, envelope, blocks)
@@ -274,6 +278,7 @@ class Scheduler:
             prefill_s=self.prefill_s(node, envelope, hit, blocks),
             looked_at=looked_at,
             is_stale=self.is_stale(node),
+            rule=rule,
         )
 
     def next_turn(self) -> int:
@@ -290,6 +295,30 @@ class Scheduler:
     def rng(self) -> random.Random:
         """Chance."""
         return self._rng
+
+
+def bar_of(node: NodeState, envelope: Envelope, excluded: tuple[str, ...] = ()) -> Bar | None:
+    """Why `envelope` can't go to a node that serves its model; None when it can."""
+    report = node.report
+    if node.cordoned:
+        return Bar.CORDONED
+    if not node.available:
+        return Bar.GONE
+    if not node.admitted:
+        return Bar.NOT_ADMITTED
+    if not node.breaker.admits:
+        return Bar.ON_PROBATION
+    if report is not None and not report.engine_ok:
+        return Bar.ENGINE_DOWN
+    if report is not None and report.draining:
+        return Bar.DRAINING
+    if node.identity.role is Role.VIT:
+        return Bar.ROLE
+    if envelope.lora and envelope.lora not in node.identity.loras:
+        return Bar.LORA
+    if envelope.prompt_tokens > node.longest_prompt():
+        return Bar.TOO_LONG
+    return Bar.EXCLUDED if node.name in excluded else None
 
 
 def _may_take(node: NodeState, envelope: Envelope) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.explanation import Rule
 from dispatcher.protocol.handoff import Stage
 from dispatcher.scheduling.choice import Choice
 from dispatcher.scheduling.decode_policies import BY_NAME, DecodePolicy, kv_total, kv_used
@@ -65,7 +66,9 @@ def choose_decode(
     with_slot = [node for node in nodes if node.has_slot]
     tokens = nodes[0].expected_tokens(envelope)
     node = policy(with_slot, tokens, scheduler.rng)
+    rule = Rule.DECODE_POLICY
     if node is None:
+        rule = Rule.LEAST_FULL
         node = min(with_slot or nodes, key=lambda node: use_after(node, tokens))
     return Choice(
         node=node,
@@ -77,4 +80,5 @@ def choose_decode(
         looked_at=len(nodes),
         is_stale=scheduler.is_stale(node),
         stage=Stage.DECODE,
+        rule=rule,
     )

@@ -48,7 +48,8 @@ class Waiting:
     """A request in the window. `data` is empty when Redis keeps it (pending).
 
     `crashed` names the nodes whose engines died under it: with any, it is a suspect. With a `handoff` its
-    prompt is computed, and it waits for a node to generate its answer.
+    prompt is computed, and it waits for a node to generate its answer. `entered_ms`: when it came here, 0
+    when nobody noted it.
     """
 
     ref: Ref
@@ -59,6 +60,7 @@ class Waiting:
     excluded: tuple[str, ...] = ()
     crashed: tuple[str, ...] = ()
     handoff: Handoff | None = None
+    entered_ms: int = 0
 
     @property
     def key(self) -> Key:
@@ -75,12 +77,42 @@ Key = tuple[Lane, str, bool]
 """(lane, model, whether its prompt is computed): a queue of its own, since other nodes are waited for."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Waits:
+    """What kept a request in the window.
+
+    Args:
+        put_off_ms: by so much its turn came later for the prefill that it takes.
+        busy: how often it was passed over because its best node, last `busy_node`, had no room.
+        unplaced: how often no eligible node could take it.
+    """
+
+    put_off_ms: int
+    busy: int = 0
+    busy_node: str = ""
+    unplaced: int = 0
+
+
 @dataclass(kw_only=True)
 class Round:
-    """One round of choices: how many were passed over, and the seconds of prefill they will cost nodes."""
+    """One round of choices: how many were passed over, and the seconds of prefill they will cost nodes.
+
+    `waits_of` tells of what was chosen in it why it had waited.
+    """
 
     planned: Planned = field(default_factory=dict)
     passed: dict[Key, int] = field(default_factory=dict)
+    chosen: dict[str, Order] = field(default_factory=dict)
+    waits: dict[str, Waits] = field(default_factory=dict)
+
+    def waits_of(self, envelope: Envelope) -> Waits:
+        """What kept a request that was chosen in this round."""
+        waits = self.waits.get(envelope.ref)
+        return waits if waits is not None else _waits(self.chosen[envelope.ref], envelope)
+
+
+def _waits(order: Order, envelope: Envelope) -> Waits:
+    return Waits(put_off_ms=max(0, order[2] - envelope.deadline_at_ms))
 
 
 class Window:
@@ -118,6 +150,7 @@ class Window:
         self._bytes = dict.fromkeys(Lane, 0)
         self._loras: Counter[tuple[str, str]] = Counter()
         self._backlogs: dict[str, Backlog] = {}
+        self._waits: dict[str, Waits] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -219,6 +252,7 @@ class Window:
         if waiting is not None:
             self._count(waiting, -1)
             self._urgent.discard(ref)
+            self._waits.pop(ref, None)
             model = waiting.envelope.model
             if waiting.ref.lane is Lane.INTERACTIVE:
                 backlog = self._backlogs[model]
@@ -346,19 +380,32 @@ class Window:
                 queue.part(order, tenant)
                 self._parked.append((key, order))
                 parked += 1
+                self._waits_of(order, waiting).unplaced += 1
                 if key[0] is Lane.INTERACTIVE:
                     self._backlogs[key[1]].stick(waiting.envelope)
                 continue
             tokens = _service_tokens(waiting.envelope, choice)
             if choice.has_room:
                 queue.serve(order, tenant, tokens)
+                round.chosen[order[5]] = order
+                if order[5] in self._waits:
+                    round.waits[order[5]] = self._waits[order[5]]
                 self._take(order[5], is_bound=True)
                 return waiting, choice
             queue.look_past(order, tenant, tokens)
             round.passed[key] += 1
             name = choice.node.name
+            waits = self._waits_of(order, waiting)
+            waits.busy += 1
+            waits.busy_node = name
             round.planned[name] = round.planned.get(name, 0.0) + choice.prefill_s
         return None
+
+    def _waits_of(self, order: Order, waiting: Waiting) -> Waits:
+        waits = self._waits.get(order[5])
+        if waits is None:
+            waits = self._waits[order[5]] = _waits(order, waiting.envelope)
+        return waits
 
 
 def _service_tokens(envelope: Envelope, choice: Choice) -> float:

@@ -19,6 +19,7 @@ from dispatcher.scheduling.choice import Choice
 from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.close import Endings
+from dispatcher.services.explain import Explain
 from dispatcher.services.persist import until_answered
 from dispatcher.services.state import Bound, LeaderState
 
@@ -38,6 +39,7 @@ class Dispatch:
         state: LeaderState,
         store: LeaderStore,
         endings: Endings,
+        explain: Explain,
         *,
         scheduler: Scheduler,
         batches: Batches[Chosen],
@@ -46,6 +48,7 @@ class Dispatch:
         self._state = state
         self._store = store
         self._endings = endings
+        self._explain = explain
         self._scheduler = scheduler
         self._batches = batches
         self._batch = batch
@@ -85,12 +88,14 @@ class Dispatch:
         chosen: list[Chosen] = []
         now_ms = state.clock.now_ms()
         round = state.window.begin_round()
+        self._explain.begin()
         while len(chosen) < self._batch:
             found = state.window.choose(self._scheduler, round, now_ms)
             if found is None:
                 break
             waiting, choice = found
             bound = self._bind(waiting, choice)
+            self._explain.look(waiting, choice, round, bound.job.attempt)
             state.bind(
                 waiting.envelope.ref,
                 bound,
@@ -149,7 +154,9 @@ class Dispatch:
         state.metrics.assign_batch.observe(len(items))
         now_ms = state.clock.now_ms()
         for (waiting, choice, _), (answer, number) in zip(chosen, answers, strict=True):
-            if answer in {"ok", "already"}:
+            is_bound = answer in {"ok", "already"}
+            self._explain.tell(waiting.envelope.ref, is_bound=is_bound)
+            if is_bound:
                 state.fleet.note_number(choice.node.name, waiting.envelope.ref, number)
             await self._answered(waiting, choice, answer, now_ms)
         state.metrics.bound_requests.set(len(state.bound))

@@ -259,6 +259,7 @@ class Failures:
                 failures=item.failures,
                 excluded=item.excluded,
                 crashed=item.crashed,
+                entered_ms=state.clock.now_ms(),
             )
             state.delay(waiting, item.not_before_ms, is_paid=retry.is_paid)
         return endings

@@ -93,6 +93,7 @@ class Handoffs:
                     excluded=bound.excluded,
                     crashed=bound.crashed,
                     handoff=handoff,
+                    entered_ms=state.clock.now_ms(),
                 )
             )
         return endings

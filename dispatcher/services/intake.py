@@ -106,12 +106,13 @@ class Intake:
         if not state.progress_of(ref).read(ref.offset):
             return
         state.metrics.records.labels(ref.lane.name.lower()).inc()
+        now_ms = state.clock.now_ms()
         decision = admit(
             ref,
             record.key,
             record.value,
             appended_ms=record.timestamp_ms,
-            now_ms=state.clock.now_ms(),
+            now_ms=now_ms,
             traceparent=record.traceparent,
             limits=lane_limits(self._limits, ref, state.names),
             carry_bodies=state.window.bytes_of(ref.lane) < self._carried_bytes * LANE_SHARE[ref.lane],
@@ -126,7 +127,7 @@ class Intake:
                 if not is_cancelled and await self._is_shed(record, envelope):
                     return
                 self._check_blocks(envelope)
-                state.enter(Waiting(ref=ref, envelope=envelope, data=data))
+                state.enter(Waiting(ref=ref, envelope=envelope, data=data, entered_ms=now_ms))
                 if is_cancelled:
                     doom_cancelled(self._endings, envelope)
 

@@ -372,6 +372,7 @@ class Guard:
                     failures=bound.failures,
                     excluded=excluded,
                     crashed=bound.crashed,
+                    entered_ms=self._state.clock.now_ms(),
                 )
             )
         await self._load_pending(unknown)

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from dispatcher.errors import SettingsError
+from dispatcher.explain.text import as_data, as_text
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
 from dispatcher.replay.traces import EXCERPT
 from dispatcher.scheduling.policies import POLICIES
@@ -22,7 +23,7 @@ from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
 from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, router_of
+from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, explaining_router_of, router_of
 from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profiles import PROFILES
 
@@ -110,6 +111,13 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="engines' coefficients are up to so much off the profile, by the seed; no policy is told (0.3)",
     )
+    add(
+        "--explain",
+        type=_count,
+        default=None,
+        metavar="N",
+        help=f"tell why the N-th request went to its node, of one run of ours (default: {OURS})",
+    )
     add("--jobs", type=_count, default=1, help="runs at a time, with equal results (default 1)")
     add("--json", type=Path, default=None, metavar="FILE", help="write the report as JSON")
     add("--plot", type=Path, default=None, metavar="FILE.png", help="draw the report (needs flexlb[plot])")
@@ -185,6 +193,8 @@ async def run_simulate(options: argparse.Namespace) -> int:
             perturbed=options.perturb,
         ),
     )
+    if options.explain is not None:
+        return _explain(fleets, options, seeds[0])
     with running(fleets, jobs=options.jobs) as runner:
         if options.sweep:
             runs = runner.sweep(policies, seeds)
@@ -199,6 +209,28 @@ async def run_simulate(options: argparse.Namespace) -> int:
         _write(options.json, lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(report))))
     if options.plot is not None:
         _write(options.plot, lambda path: plot(report, path, fleets.title))
+    return 0
+
+
+def _explain(fleets: Fleets, options: argparse.Namespace, seed: int) -> int:
+    """Print why one request of one run went where it went; returns the exit code."""
+    requests = fleets.workloads[seed].requests
+    if options.explain > requests:
+        raise SettingsError(
+            f"--explain: expected 1 to {requests}, the workload's requests, seen {options.explain}"
+        )
+    policies, rates = options.policy or [OURS], options.rate or [1.0]
+    one_each = (policies, rates, options.seed or [seed])
+    if options.sweep or options.plot is not None or any(len(set(given)) > 1 for given in one_each):
+        raise SettingsError("--explain: expected one policy, rate and seed, no --sweep and no --plot")
+    router = explaining_router_of(policies[0], options.explain - 1)
+    run = fleets.run(Task(policies[0], rates[0], seed), router)
+    if options.json is not None:
+        told = [as_data(one) for one in router.explanations]
+        _write(options.json, lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(told))))
+    print(table(Report(runs=[run], knee={}), fleets.objectives))
+    for one in router.explanations:
+        print(f"\n{as_text(one)}")
     return 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
 
 from dispatcher.simulation.conditions import Conditions
-from dispatcher.simulation.fleet import FleetSimulation, coarse
+from dispatcher.simulation.fleet import FleetSimulation, Router, coarse
 from dispatcher.simulation.fleet_report import Run, run_of, told_nodes
 from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
 from dispatcher.simulation.goodput import Objectives
@@ -58,13 +58,13 @@ class Fleets:
         amiss = f"; {self.conditions}" if str(self.conditions) else ""
         return f"{self.trace}: {requests} requests, {fleet}{amiss}\ngood: {self.objectives}"
 
-    def run(self, task: Task) -> Run:
-        """Simulate one policy at one rate."""
+    def run(self, task: Task, router: Router | None = None) -> Run:
+        """Simulate one policy at one rate, by a `router` of that policy or a new one."""
         workload = self.workloads[task.seed]
         profile = coarse(self.profile, workload.block_tokens)
         result = FleetSimulation(
             workload,
-            router_of(task.policy)(),
+            router if router is not None else router_of(task.policy)(),
             nodes=self.nodes,
             decode=self.decode,
             profile=profile,

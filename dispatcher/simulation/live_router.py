@@ -19,11 +19,13 @@ from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.clock import Clock
 from dispatcher.protocol.assignment import Envelope
+from dispatcher.protocol.explanation import Explanation
 from dispatcher.protocol.handoff import KV_LEASE_MS, Handoff, Stage
 from dispatcher.protocol.names import Attempt, JobId, Lane, Names, Ref
 from dispatcher.protocol.node import Medium, NodeIdentity, NodeReport, Role
 from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.choice import SchedulingParameters
+from dispatcher.scheduling.explanation import explain
 from dispatcher.scheduling.fleet import Fleet, NodeState
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.scheduler import Scheduler
@@ -118,6 +120,8 @@ class LiveRouter:
         timing: LiveTiming | None = None,
         knows_speeds: bool = False,
     ) -> None:
+        self.explanations: list[Explanation] = []
+        self._explained: int | None = None
         self._knows_speeds = knows_speeds
         self._policy = policy
         self._parameters = parameters
@@ -190,6 +194,10 @@ class LiveRouter:
 
     # The leader
 
+    def explain(self, number: int) -> None:
+        """Keep what the decisions about one request were made of, in `explanations`."""
+        self._explained = number
+
     def arrive(self, arrival: Arrival) -> None:
         """Append a record."""
         self._sim.call_at(self._sim.now_s + self._timing.intake_s, self._enter, arrival)
@@ -212,7 +220,7 @@ class LiveRouter:
             deadline_at_ms=appended_ms + DEADLINE_MS,
         )
         self._arrivals[envelope.ref] = arrival
-        self.state.enter(Waiting(ref=ref, envelope=envelope))
+        self.state.enter(Waiting(ref=ref, envelope=envelope, entered_ms=self.state.clock.now_ms()))
         self._wake()
 
     def _wake(self) -> None:
@@ -235,6 +243,18 @@ class LiveRouter:
             name = choice.node.name
             is_decode = choice.stage is Stage.DECODE
             job = JobId(state.names.pool, name, waiting.ref, Attempt(1, 2 if is_decode else 1))
+            if waiting.ref.offset == self._explained:
+                self.explanations.append(
+                    explain(
+                        self._scheduler,
+                        waiting,
+                        choice,
+                        round.planned,
+                        waits=round.waits_of(waiting.envelope),
+                        attempt=job.attempt,
+                        now_ms=state.clock.now_ms(),
+                    )
+                )
             state.bind(
                 waiting.envelope.ref,
                 Bound(
@@ -372,7 +392,15 @@ class LiveRouter:
         bound = self.state.unbind(str(ref))
         assert bound is not None, "a prompt was computed where its request was bound"
         self._learn(arrival, node, held)
-        self.state.enter(Waiting(ref=ref, envelope=bound.envelope, from_pending=True, handoff=handoff))
+        self.state.enter(
+            Waiting(
+                ref=ref,
+                envelope=bound.envelope,
+                from_pending=True,
+                handoff=handoff,
+                entered_ms=self.state.clock.now_ms(),
+            )
+        )
         self._wake()
 
     def first_token(self, arrival: Arrival, node: int, cached_tokens: int) -> None:

@@ -29,6 +29,19 @@ EVERY = (OURS, *BY_NAME)
 """Ours as it is, and every policy of the field."""
 
 
+def explaining_router_of(name: str, number: int) -> LiveRouter:
+    """A router of ours that explains its decisions about one request.
+
+    Raises:
+        SettingsError: no such policy, or the field's: those tell nothing of why.
+    """
+    router = router_of(name)()
+    if not isinstance(router, LiveRouter):
+        raise SettingsError(f"--policy {name}: expected {OURS} or {OURS}:... with --explain, which tells why")
+    router.explain(number)
+    return router
+
+
 def router_of(name: str) -> Callable[[], Router]:
     """What makes the router of a `--policy`.
 

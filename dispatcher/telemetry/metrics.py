@@ -145,6 +145,12 @@ class DispatcherMetrics:
         self.waits_for_holder = Gauge(
             "flexlb_waits_for_node", "Requests that wait for their best node to have room", registry=registry
         )
+        self.explanations = Counter(
+            "flexlb_explanations", "Decisions explained: what flexlb explain tells", registry=registry
+        )
+        self.explanations_lost = Counter(
+            "flexlb_explanations_lost", "Explanations that Redis did not take", registry=registry
+        )
         self.choose_s = Histogram(
             "flexlb_choose_seconds",
             "CPU time of one round of choices",

@@ -12,10 +12,16 @@ import sys
 from pathlib import Path
 
 from dispatcher.errors import SettingsError
-from tests.bench import cancel, failover, hops, latency, scheduling, soak, tuning
+from tests.bench import cancel, explain, failover, hops, latency, scheduling, soak, tuning
 from tests.bench.machine import describe_machine
 
-BENCHES = {"latency": latency.run, "hops": hops.run, "failover": failover.run, "cancel": cancel.run}
+BENCHES = {
+    "latency": latency.run,
+    "hops": hops.run,
+    "explain": explain.run,
+    "failover": failover.run,
+    "cancel": cancel.run,
+}
 ALONE = {"soak": soak.run}
 """Too long to be run with the others: by name only."""
 

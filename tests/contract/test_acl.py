@@ -201,6 +201,7 @@ async def test_every_script_runs_as_its_user(guarded: Guarded) -> None:
     )
     assert "ok" in await leader.close([cancel, dropped])
     await leader.remember({names.identity("", "r4"): "i0_4|aa"})
+    await leader.explain([("", f"r{number}", b"{}") for number in range(4)])
     adopted = AdoptItem(
         job=job(names, 5),
         cost_tokens=1,
@@ -267,6 +268,9 @@ async def test_operator_says_what_it_wishes_of_nodes_and_touches_no_request(guar
         "cordon", NODE, environment={"FLEXLB_REDIS": guarded.url(OPERATOR), "FLEXLB_POOL": names.pool}
     )
     assert (code, err) == (0, ""), out
+    await leader.explain([("", "r0", b"{}")])
+    assert await view.explanations("", "r0") == [b"{}"]
+    assert await view.owner("", "r0") == "i0_0"
     log = await guarded.client().execute_command("ACL", "LOG")
     refused = {entry[entry.index(b"object") + 1] for entry in log}
     assert refused <= {b"config|get"}, refused
@@ -280,6 +284,8 @@ async def test_operator_says_what_it_wishes_of_nodes_and_touches_no_request(guar
         ("XADD", names.closing, "*", "kind", "outcome"),
         ("DEL", names.cordons),
         ("SET", names.leader, "me"),
+        ("HDEL", names.explanations, names.digest("", "r0")),
+        ("SET", names.identity("", "r0"), "i0_9|aa"),
         ("KEYS", "*"),
         ("CONFIG", "GET", "*"),
     ):

@@ -17,6 +17,9 @@ import pytest
 from dispatcher.backends.connect import connect_redis
 from dispatcher.backends.leader_lock import Held, LeaderLock, Lease
 from dispatcher.backends.leader_store import (
+    EXPLAINED_EACH,
+    EXPLAINED_MS,
+    EXPLAINED_REQUESTS,
     AdoptItem,
     AssignItem,
     CloseItem,
@@ -441,6 +444,7 @@ def leader_calls(leader: LeaderStore) -> dict[str, Callable[[], Awaitable[object
         "forget": lambda: leader.forget("n"),
         "begin_generation": lambda: leader.begin_generation("new", {"i0": 0}, {"i0": [3]}),
         "remember": lambda: leader.remember({"flexlb:p:id:x": "i0_1|aa"}),
+        "explain": lambda: leader.explain([("t", "r0", b"{}")]),
         "adopt": lambda: leader.adopt("n", "x", [adopt], lease_s=1, now_iso=NOW_ISO),
     }
 
@@ -494,8 +498,8 @@ async def test_every_move_of_a_leader_is_counted(stage: Stage) -> None:
     await leader.begin_generation("g", {}, {})
     await stage.join(lease_s=0)
     for name, call in leader_calls(leader).items():
-        if name in {"begin_generation", "settle"}:
-            continue  # the first begins the count; the second finds nothing to settle here
+        if name in {"begin_generation", "settle", "explain"}:
+            continue  # one begins the count, one finds nothing to settle here, one moves nothing
         before = leader.counter
         await call()
         found = await stage.view.generation()
@@ -1584,6 +1588,65 @@ async def test_what_is_taken_otherwise_or_gone_is_not_adopted(stage: Stage) -> N
     await leader.requeue("n", "fence", "x", "node_lost")
     assert await leader.adopt("n", "x", [adopted(6)], lease_s=10, now_iso=NOW_ISO) == ["gone"]
     assert await stage.places("i0_6") == []
+
+
+# explain
+
+
+@everywhere
+async def test_explanations_of_a_request_are_kept_in_order_and_once(stage: Stage) -> None:
+    leader = await stage.lead()
+    await leader.explain([("t", "r", b"{1}"), ("", "r", b"{other tenant}"), ("t", "r", b"{2}")])
+    await leader.explain([("t", "r", b"{2}"), ("t", "r", b"{3}")])
+    assert await stage.view.explanations("t", "r") == [b"{1}", b"{2}", b"{3}"]
+    assert await stage.view.explanations("", "r") == [b"{other tenant}"]
+    assert await stage.view.explanations("u", "r") == []
+
+
+@everywhere
+async def test_the_newest_explanations_of_a_request_are_kept(stage: Stage) -> None:
+    leader = await stage.lead()
+    for number in range(3 * EXPLAINED_EACH):
+        await leader.explain([("", "r", f"{{{number}}}".encode())])
+    kept = await stage.view.explanations("", "r")
+    assert kept == [f"{{{number}}}".encode() for number in range(2 * EXPLAINED_EACH, 3 * EXPLAINED_EACH)]
+
+
+@everywhere
+async def test_explanations_are_bounded_in_number_and_expire(stage: Stage) -> None:
+    leader = await stage.lead()
+    ids = [f"r{number}" for number in range(EXPLAINED_REQUESTS + 200)]
+    for start in range(0, len(ids), 100):
+        await leader.explain([("", id, b"{}") for id in ids[start : start + 100]])
+    client, names = stage.client, stage.names
+    assert await client.hlen(names.explanations) == await client.zcard(names.explained) == EXPLAINED_REQUESTS
+    assert await stage.view.explanations("", ids[-1]) == [b"{}"]
+    for key in (names.explanations, names.explained):
+        assert 0 < await client.pttl(key) <= EXPLAINED_MS
+    # Those that are old go with the next that is written, however few there are.
+    await client.zadd(names.explained, {names.digest("", ids[-1]): 1})
+    await leader.explain([("", "new", b"{}")])
+    assert await stage.view.explanations("", ids[-1]) == []
+    assert await stage.view.explanations("", "new") == [b"{}"]
+
+
+@everywhere
+async def test_at_maxmemory_nothing_is_explained(stage: Stage) -> None:
+    leader = await stage.lead()
+    await stage.fill(True)
+    with pytest.raises(StoreFull):
+        await leader.explain([("", "r", b"{}")])
+    await stage.fill(False)
+    assert await stage.view.explanations("", "r") == []
+
+
+@everywhere
+async def test_explaining_counts_as_no_move(stage: Stage) -> None:
+    leader = await stage.lead()
+    await leader.begin_generation("g", {"i0": 0}, {})
+    before = await stage.view.generation()
+    await leader.explain([("", "r", b"{}")])
+    assert await stage.view.generation() == before
 
 
 # maxmemory

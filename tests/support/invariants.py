@@ -27,6 +27,7 @@ LEADER_SCRIPTS = (
     "assign",
     "begin_generation",
     "close",
+    "explain",
     "mend",
     "remember",
     "requeue",

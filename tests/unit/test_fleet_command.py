@@ -39,6 +39,44 @@ def run(policy: str, rate: float, attainment: float, seed: int = 1) -> Run:
     return told_run(policy, rate=rate, seed=seed, good=attainment)
 
 
+def test_a_simulated_request_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "why.json"
+    assert main([*SHORT, "--explain", "120", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("policy ")
+    assert "request   119, record i0_119, model sim" in out
+    (told,) = json.loads(path.read_text())
+    assert f">  {told['node']} " in out
+    assert len(told["candidates"]) == 4
+    assert min(told["candidates"], key=lambda one: one["cost_ms"])["is_tied"]
+
+
+def test_both_stages_of_a_simulated_request_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--requests", "60", "--prefill", "2", "--decode", "2", "--explain"]
+    stages = set()
+    for number in range(1, 60, 12):
+        assert main([*arguments, str(number)]) == 0
+        stages |= {line.split(", ")[1] for line in capsys.readouterr().out.splitlines() if "decided" in line}
+    assert {"prefill stage of attempt 1 of epoch 1", "decode stage of attempt 2 of epoch 1"} <= stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--explain", "121"], "expected 1 to 120, the workload's requests, seen 121"),
+        (["--explain", "1", "--policy", "random"], "expected flexlb or flexlb:... with --explain"),
+        (["--explain", "1", "--rate", "1", "--rate", "2"], "expected one policy, rate and seed"),
+        (["--explain", "1", "--policy", "flexlb", "--policy", "lpwl"], "expected one policy, rate and seed"),
+        (["--explain", "1", "--sweep"], "no --sweep"),
+    ],
+)
+def test_what_can_not_be_explained_is_said(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_run_prints_a_row_for_each_policy_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,8 @@ from dispatcher.protocol import codec
 from dispatcher.protocol.assignment import ENTRY_POINT, Envelope, Work, decode_job_data, encode_job_data
 from dispatcher.protocol.chunk import ChoiceDelta, Chunk, ChunkKind
 from dispatcher.protocol.codec import MalformedRecord
+from dispatcher.protocol.explanation import Bar, BarredNode, Candidate, Doubt, Explanation, Rule
+from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.node import BlockEvent, BlockEventKind, NodeIdentity, NodeReport, Role
 from dispatcher.protocol.outcome import (
     Choice,
@@ -236,6 +238,76 @@ RECORDS: dict[str, msgspec.Struct] = {
         medium="CPU",
         hashes=("724a45aab967ce62", "4aca15480d7262b1"),
     ),
+    "explanation_minimal": Explanation(
+        ref="i3_1024",
+        id="7c1e",
+        model="qwen3-8b",
+        node="gpu-17",
+        epoch=1_790_000_000_000,
+        n=1,
+        at_ms=1_790_000_000_012,
+        policy="round_robin",
+        rule=Rule.TURN,
+    ),
+    "explanation_full": Explanation(
+        ref="i3_1024",
+        id="7c1e",
+        tenant="acme",
+        model="qwen3-8b",
+        node="gpu-17",
+        epoch=1_790_000_000_000,
+        n=2,
+        at_ms=1_790_000_000_912,
+        policy="prefill_cost",
+        rule=Rule.MOST_CACHED,
+        stage=Stage.PREFILL,
+        is_priced=True,
+        near_tie=0.05,
+        prompt_tokens=600,
+        max_tokens=64,
+        blocks=2,
+        block_size=256,
+        priority=90,
+        waited_ms=912,
+        read_ms=12,
+        put_off_ms=40,
+        busy_rounds=3,
+        busy_node="gpu-18",
+        unplaced_rounds=1,
+        failures=1,
+        excluded=("gpu-19",),
+        serving=4,
+        looked_at=2,
+        candidates=(
+            Candidate(
+                node="gpu-17",
+                cost_ms=136.5,
+                matched_blocks=1,
+                cached_tokens=256,
+                compute_tokens=344,
+                queue_ms=1.0,
+                slot_ms=2.0,
+                planned_ms=4.0,
+                prefill_ms=40.0,
+                work_ms=20.0,
+                stall_ms=8.0,
+                burst_ms=16.0,
+                pressure_ms=32.0,
+                transfer_ms=13.5,
+                queued_tokens=10,
+                held=3,
+                most=36,
+                kv_use=0.25,
+                is_tied=True,
+                has_room=True,
+                is_stale=True,
+            ),
+        ),
+        asked=4,
+        barred={"excluded": 1},
+        barred_nodes=(BarredNode(node="gpu-19", why=Bar.EXCLUDED),),
+        doubts=(Doubt.STALE_LOAD, Doubt.ESTIMATED_LENGTH),
+    ),
     "commit_note_minimal": CommitNote(),
     "commit_note_full": CommitNote(
         positions={"0": 17, "3": 0}, epoch=1_790_000_000_000, generation="b1946ac9", counter=12
@@ -256,6 +328,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "identity": codec.identities.decode,
     "report": codec.reports.decode,
     "block_event": codec.block_events.decode,
+    "explanation": codec.explanations.decode,
     "commit_note": msgspec.json.Decoder(CommitNote).decode,
 }
 MAY_BE_WRONG = {

@@ -314,6 +314,114 @@ class BlockEvent(Struct, frozen=True, kw_only=True):
     v: int = 1
 
 
+class Stage(StrEnum):
+    WHOLE = ""
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Rule(StrEnum):
+    LEAST_COST = "least_cost"
+    MOST_CACHED = "most_cached"
+    CHANCE = "chance"
+    TURN = "turn"
+    FEWEST_TOKENS = "fewest_tokens"
+    FEWEST_REQUESTS = "fewest_requests"
+    LONGEST_UNCHOSEN = "longest_unchosen"
+    NEARLY_LEAST_WAIT = "nearly_least_wait"
+    DECODE_POLICY = "decode_policy"
+    LEAST_FULL = "least_full"
+
+
+class Bar(StrEnum):
+    CORDONED = "cordoned"
+    GONE = "gone"
+    NOT_ADMITTED = "not_admitted"
+    ON_PROBATION = "on_probation"
+    ENGINE_DOWN = "engine_down"
+    DRAINING = "draining"
+    ROLE = "role"
+    LORA = "lora"
+    TOO_LONG = "too_long"
+    SUSPECT = "suspect"
+    EXCLUDED = "excluded"
+
+
+class Doubt(StrEnum):
+    STALE_LOAD = "stale_load"
+    EMPTY_REGISTRY = "empty_registry"
+    OTHER_BLOCKS = "other_blocks"
+    TEXT_ONLY = "text_only"
+    NO_BLOCKS = "no_blocks"
+    ESTIMATED_LENGTH = "estimated_length"
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    node: str
+    cost_ms: float = 0.0
+    matched_blocks: int = 0
+    cached_tokens: int = 0
+    compute_tokens: int = 0
+    queue_ms: float = 0.0
+    slot_ms: float = 0.0
+    planned_ms: float = 0.0
+    prefill_ms: float = 0.0
+    work_ms: float = 0.0
+    stall_ms: float = 0.0
+    burst_ms: float = 0.0
+    pressure_ms: float = 0.0
+    transfer_ms: float = 0.0
+    queued_tokens: int = 0
+    held: int = 0
+    most: int = 0
+    kv_use: float = 0.0
+    is_tied: bool = False
+    has_room: bool = False
+    is_stale: bool = False
+
+
+class BarredNode(Struct, frozen=True, kw_only=True):
+    node: str
+    why: Bar
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    ref: str
+    id: str
+    model: str
+    node: str
+    epoch: int
+    n: int
+    at_ms: int
+    policy: str
+    rule: Rule
+    tenant: str = ""
+    stage: Stage = Stage.WHOLE
+    is_priced: bool = False
+    near_tie: float = 0.0
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    blocks: int = 0
+    block_size: int = 0
+    priority: int = 0
+    waited_ms: int = 0
+    read_ms: int = 0
+    put_off_ms: int = 0
+    busy_rounds: int = 0
+    busy_node: str = ""
+    unplaced_rounds: int = 0
+    failures: int = 0
+    excluded: tuple[str, ...] = ()
+    serving: int = 0
+    looked_at: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    asked: int = 0
+    barred: dict[str, int] = {}
+    barred_nodes: tuple[BarredNode, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    v: int = 1
+
+
 class CommitNote(Struct, frozen=True, kw_only=True):
     positions: dict[str, int] = {}
     epoch: int = 0
@@ -336,6 +444,7 @@ READERS: dict[str, msgspec.json.Decoder[Any]] = {
     "identity": msgspec.json.Decoder(NodeIdentity),
     "report": msgspec.json.Decoder(NodeReport),
     "block_event": msgspec.json.Decoder(BlockEvent),
+    "explanation": msgspec.json.Decoder(Explanation),
     "commit_note": msgspec.json.Decoder(CommitNote),
 }
 """Release 1's readers, by record."""

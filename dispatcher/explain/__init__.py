@@ -1,0 +1,1 @@
+"""Explanations for people: `flexlb explain`, and what `flexlb simulate --explain` prints."""
