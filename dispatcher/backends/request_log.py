@@ -146,7 +146,7 @@ class RequestLog:
         records = []
         for tp, batch in batches.items():
             lane = self._lanes[tp]
-            records += [_record_of(lane, record) for record in batch]
+            records += [record_of(lane, record) for record in batch]
         return records
 
     async def record_at(self, ref: Ref) -> LogRecord | None:
@@ -174,7 +174,7 @@ class RequestLog:
                 found: list[LogRecord] = []
                 while not found and await consumer.position(tp) < end:
                     for batch in (await consumer.getmany(tp, timeout_ms=READ_ON_MS, max_records=1)).values():
-                        found += [_record_of(ref.lane, record) for record in batch]
+                        found += [record_of(ref.lane, record) for record in batch]
         except OffsetOutOfRangeError:
             return None
         except NO_ANSWER as error:
@@ -184,7 +184,8 @@ class RequestLog:
         return found[0] if found and found[0].ref == ref else None
 
 
-def _record_of(lane: Lane, record: Any) -> LogRecord:
+def record_of(lane: Lane, record: Any) -> LogRecord:
+    """A record of a lane, as the client library gives it."""
     return LogRecord(
         ref=Ref(lane, record.partition, record.offset),
         key=record.key,

@@ -32,7 +32,8 @@ def configure_replay(parser: argparse.ArgumentParser) -> None:
     add(
         "trace",
         nargs="?",
-        help=f"trace file: Mooncake, RTP-LLM or Azure, plain or gzip (default: {EXCERPT}, in the package)",
+        help="trace file: Mooncake, RTP-LLM, Azure or what flexlb simulate --save wrote, plain or gzip "
+        f"(default: {EXCERPT}, in the package)",
     )
     add_flags(parser, DispatcherSettings, only=CONNECTION)
     add("--model", default="sim", help="model to ask for (default sim)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from dispatcher.errors import SettingsError
+from dispatcher.protocol.request import DEFAULT_PRIORITY
 
 EXCERPT = "mooncake_conversation_2000.jsonl.gz"
 """The excerpt that comes with the package; its source and licence are beside it in `data/NOTICE`."""
@@ -35,7 +36,8 @@ class TraceRequest:
     """One recorded request.
 
     `block_ids` name the prompt's blocks of `block_tokens` each, from its start: equal ids are equal
-    tokens. What they do not cover is shared with nobody. `arrival_s` counts from the trace's start.
+    tokens. What they do not cover is shared with nobody. `arrival_s` counts from the trace's start,
+    `deadline_s` from its arrival.
     """
 
     arrival_s: float
@@ -44,6 +46,22 @@ class TraceRequest:
     block_ids: tuple[int, ...] = ()
     block_tokens: int = 0
     session: str = ""
+    priority: int = DEFAULT_PRIORITY
+    deadline_s: float | None = None
+    tenant: str = ""
+
+
+class _Recorded(Struct, omit_defaults=True):
+    """A line of our own format: what `flexlb simulate --from-topic --save` writes."""
+
+    at_ms: Annotated[float, Meta(ge=0)]
+    prompt_tokens: Tokens
+    output_tokens: Tokens
+    block_tokens: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    blocks: tuple[int, ...] = ()
+    priority: Annotated[int, Meta(ge=1, le=100)] = DEFAULT_PRIORITY
+    deadline_ms: Annotated[int, Meta(ge=1)] | None = None
+    tenant: str = ""
 
 
 class _Mooncake(Struct):
@@ -60,6 +78,7 @@ class _RtpLlm(Struct):
     bh: tuple[str | int, ...]
 
 
+_recorded = msgspec.json.Decoder(_Recorded)
 _mooncake = msgspec.json.Decoder(_Mooncake)
 _rtp_llm = msgspec.json.Decoder(_RtpLlm)
 
@@ -125,12 +144,28 @@ def _format_of(line: str, where: str) -> Callable[[str], TraceRequest]:
         fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).keys()
     except (msgspec.DecodeError, RecursionError):
         fields = {}.keys()
+    if {"at_ms", "prompt_tokens", "output_tokens"} <= fields:
+        return _recorded_line
     if {"timestamp", "input_length", "hash_ids"} <= fields:
         return _mooncake_line
     if {"ts", "il", "bh"} <= fields:
         return _rtp_llm_line
     raise SettingsError(
         f"{where}: expected {' or '.join(SHAPES.values())}, plain or gzip-compressed; seen {line[:80]!r}"
+    )
+
+
+def _recorded_line(line: str) -> TraceRequest:
+    row = _recorded.decode(line)
+    return TraceRequest(
+        arrival_s=row.at_ms / 1000,
+        prompt_tokens=row.prompt_tokens,
+        output_tokens=row.output_tokens,
+        block_ids=row.blocks,
+        block_tokens=row.block_tokens,
+        priority=row.priority,
+        deadline_s=row.deadline_ms / 1000 if row.deadline_ms is not None else None,
+        tenant=row.tenant,
     )
 
 
@@ -178,16 +213,38 @@ def _epoch_s(text: str) -> float:
 SHAPES: dict[Callable[[str], TraceRequest] | None, str] = {
     _mooncake_line: 'Mooncake (JSON lines with "timestamp", "input_length", "output_length", "hash_ids")',
     _rtp_llm_line: 'RTP-LLM (JSON lines with "ts", "il", "ol", "bh")',
+    _recorded_line: 'FlexLB (JSON lines with "at_ms", "prompt_tokens", "output_tokens")',
     _azure_row: f"Azure (CSV with the header {AZURE_HEADER})",
 }
 
 
 def _shifted(request: TraceRequest, by_s: float) -> TraceRequest:
-    return TraceRequest(
-        arrival_s=request.arrival_s - by_s,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.output_tokens,
-        block_ids=request.block_ids,
-        block_tokens=request.block_tokens,
-        session=request.session,
-    )
+    return replace(request, arrival_s=request.arrival_s - by_s)
+
+
+def write_trace(path: str | Path, requests: Iterable[TraceRequest]) -> None:
+    """Write a trace in our own format, gzip-compressed when its name ends so; `read_trace` reads it.
+
+    Raises:
+        SettingsError: it can't be written.
+    """
+    lines = [
+        msgspec.json.encode(
+            _Recorded(
+                at_ms=round(1000 * one.arrival_s, 3),
+                prompt_tokens=one.prompt_tokens,
+                output_tokens=one.output_tokens,
+                block_tokens=one.block_tokens if one.block_ids else 0,
+                blocks=one.block_ids,
+                priority=one.priority,
+                deadline_ms=round(1000 * one.deadline_s) if one.deadline_s is not None else None,
+                tenant=one.tenant,
+            )
+        )
+        for one in requests
+    ]
+    data = b"\n".join(lines) + b"\n"
+    try:
+        Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror or error}; name a file that can be written") from None

@@ -14,14 +14,21 @@ import msgspec
 from dispatcher.errors import SettingsError
 from dispatcher.explain.text import as_data, as_text
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
-from dispatcher.replay.traces import EXCERPT
+from dispatcher.replay.traces import EXCERPT, write_trace
 from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_plot import plot, plotting
 from dispatcher.simulation.fleet_report import Report, knees, table
 from dispatcher.simulation.fleet_runs import Fleets, Task, running
-from dispatcher.simulation.fleet_workload import workloads_of
+from dispatcher.simulation.fleet_workload import Source, workloads_of
+from dispatcher.simulation.from_topic import (
+    check_flags,
+    configure_from_topic,
+    read_traffic,
+    settings_of,
+    topic_of,
+)
 from dispatcher.simulation.goodput import Objectives
 from dispatcher.simulation.named_router import EVERY, ORACLE, OURS, explaining_router_of, router_of
 from dispatcher.simulation.policies import BY_NAME
@@ -36,7 +43,8 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
     add(
         "trace",
         nargs="?",
-        help=f"trace file: Mooncake, RTP-LLM, Azure or agents' sessions (default: {EXCERPT}, in the package)",
+        help="trace file: Mooncake, RTP-LLM, Azure, agents' sessions, or what --save wrote (default: "
+        f"{EXCERPT}, in the package)",
     )
     add("--nodes", type=_count, default=None, help="engines that do both prefill and decode (default 8)")
     add("--prefill", type=_count, default=None, metavar="P", help="engines that prefill only; with --decode")
@@ -121,6 +129,7 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=_count, default=1, help="runs at a time, with equal results (default 1)")
     add("--json", type=Path, default=None, metavar="FILE", help="write the report as JSON")
     add("--plot", type=Path, default=None, metavar="FILE.png", help="draw the report (needs flexlb[plot])")
+    configure_from_topic(parser)
 
 
 def _count(text: str) -> int:
@@ -164,11 +173,19 @@ async def run_simulate(options: argparse.Namespace) -> int:
         router_of(policy)
     if options.plot is not None:
         plotting()
+    check_flags(options)
+    source: Source = options.trace
+    name = Path(options.trace or EXCERPT).name
+    if options.from_topic is not None:
+        settings = settings_of(options)
+        source, name = await read_traffic(options, settings), topic_of(settings)
+        if options.save is not None:
+            write_trace(options.save, source)
     profile = PROFILES[options.profile]
     seeds: Sequence[int] = tuple(dict.fromkeys(options.seed or (1,)))
     fleets = Fleets(
         workloads=workloads_of(
-            options.trace,
+            source,
             seeds,
             is_drawn=options.poisson,
             requests=options.requests,
@@ -176,7 +193,7 @@ async def run_simulate(options: argparse.Namespace) -> int:
             # The last block of each prompt and answer is a whole one.
             longest=coarse(profile, options.block_tokens).kv_tokens,
         ),
-        trace=Path(options.trace or EXCERPT).name,
+        trace=name,
         profile=profile,
         nodes=nodes,
         decode=decode,

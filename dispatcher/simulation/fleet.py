@@ -207,7 +207,15 @@ class FleetSimulation:
         self._last_arrival_s = self.now_s
         self._prompts[number] = turn.prompt_tokens
         arrival = Arrival(
-            number, self.now_s, turn.prompt_tokens, turn.output_tokens, turn.blocks, session=name
+            number,
+            self.now_s,
+            turn.prompt_tokens,
+            turn.output_tokens,
+            turn.blocks,
+            session=name,
+            priority=turn.priority,
+            deadline_s=turn.deadline_s,
+            tenant=turn.tenant,
         )
         self._turns[number] = (session, place)
         self._router.arrive(arrival)

@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.prefix_hash import BLOCK_TOKENS
+from dispatcher.protocol.request import DEFAULT_PRIORITY
 from dispatcher.replay.arrivals import poisson_times, spread
 from dispatcher.replay.traces import GZIP_MAGIC, TraceRequest, read_excerpt, read_trace
 
@@ -36,6 +37,9 @@ class Turn:
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...]
+    priority: int = DEFAULT_PRIORITY
+    deadline_s: float | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +56,29 @@ class FleetWorkload:
         return sum(map(len, self.sessions))
 
 
+Source = str | Path | Sequence[TraceRequest] | None
+"""Where a workload comes from: a trace file, recorded requests, or the package's excerpt."""
+
+
 def workload_of(
-    path: str | Path | None,
+    source: Source,
     *,
     requests: int | None = None,
     block_tokens: int = BLOCK_TOKENS,
     poisson: Random | None = None,
     longest: int | None = None,
 ) -> FleetWorkload:
-    """Read a trace, or the package's excerpt; arguments and errors as of `read_workload`."""
-    if path is not None:
+    """Make a workload of any source; arguments and errors as of `read_workload`."""
+    if isinstance(source, str | Path):
         return read_workload(
-            path, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
+            source, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
         )
-    return open_loop(
-        read_excerpt(), requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
-    )
+    trace = read_excerpt() if source is None else source
+    return open_loop(trace, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest)
 
 
 def workloads_of(
-    path: str | Path | None,
+    source: Source,
     seeds: Sequence[int],
     *,
     is_drawn: bool,
@@ -83,7 +90,7 @@ def workloads_of(
 
     def read(poisson: Random | None) -> FleetWorkload:
         return workload_of(
-            path, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
+            source, requests=requests, block_tokens=block_tokens, poisson=poisson, longest=longest
         )
 
     if is_drawn:
@@ -145,6 +152,9 @@ def open_loop(
                     prompt_tokens=max(1, one.prompt_tokens),
                     output_tokens=max(1, one.output_tokens),
                     blocks=_chained(one, copy, block_tokens),
+                    priority=one.priority,
+                    deadline_s=one.deadline_s,
+                    tenant=one.tenant,
                 ),
             )
         )

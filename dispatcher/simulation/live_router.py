@@ -217,7 +217,8 @@ class LiveRouter:
             block_size=self._sim.block_tokens,
             block_hashes=tuple([format(block, "016x") for block in arrival.blocks]),
             appended_ms=appended_ms,
-            deadline_at_ms=appended_ms + DEADLINE_MS,
+            deadline_at_ms=appended_ms
+            + (DEADLINE_MS if arrival.deadline_s is None else int(1000 * arrival.deadline_s)),
         )
         self._arrivals[envelope.ref] = arrival
         self.state.enter(Waiting(ref=ref, envelope=envelope, entered_ms=self.state.clock.now_ms()))
