@@ -39,9 +39,9 @@ class Objectives:
         )
 
 
-def cold_prefill_s(profile: Profile, prompt_tokens: int) -> float:
-    """Seconds from sending a prompt to an idle engine that has nothing cached until its first token."""
-    passed_s, computed = profile.request_s, 0
+def cold_prefill_s(profile: Profile, prompt_tokens: int, cached_tokens: int = 0) -> float:
+    """Seconds from sending a prompt to an idle engine, of which so much is cached, until its first token."""
+    passed_s, computed = profile.request_s, cached_tokens
     while computed < prompt_tokens:
         count = min(prompt_tokens - computed, profile.max_batched_tokens)
         passed_s += profile.step_s(count, count * (count + 2 * computed), computed, 0, 0)

@@ -1,6 +1,6 @@
 """`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request.
 
-`scheduling` and `tuning`, which simulate, are commands of their own with flags of their own.
+`scheduling`, `tuning` and `ablation`, which simulate, are commands of their own with flags of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dispatcher.errors import SettingsError
-from tests.bench import cancel, explain, failover, hops, latency, scheduling, soak, tuning
+from tests.bench import ablation, cancel, explain, failover, hops, latency, scheduling, soak, tuning
 from tests.bench.machine import describe_machine
 
 BENCHES = {
@@ -28,7 +28,7 @@ ALONE = {"soak": soak.run}
 
 def main() -> int:
     """Run the benchmarks named, or all."""
-    simulated = {"scheduling": scheduling.main, "tuning": tuning.main}
+    simulated = {"scheduling": scheduling.main, "tuning": tuning.main, "ablation": ablation.main}
     if sys.argv[1:2] and sys.argv[1] in simulated:
         try:
             return simulated[sys.argv[1]](sys.argv[2:])
@@ -41,7 +41,7 @@ def main() -> int:
         nargs="*",
         metavar="NAME",
         help=f"of {', '.join([*BENCHES, *ALONE])}; all but {', '.join(ALONE)} when absent; "
-        "or scheduling or tuning, alone and with flags of their own (scheduling --help)",
+        "or scheduling, tuning or ablation, alone and with flags of their own (scheduling --help)",
     )
     parser.add_argument("--json", type=Path, metavar="DIR", help="leave one JSON file per benchmark here")
     options = parser.parse_args()

@@ -32,6 +32,7 @@ from dispatcher.simulation.policies import BY_NAME
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
 from tests.bench.machine import describe_machine
+from tests.bench.scheduling_floor import Floor, floor_of
 from tests.bench.scheduling_ratios import MEASURES, Ratio, ratios
 from tests.bench.tuning import Kind, read_tuned, tuned_baselines
 
@@ -69,7 +70,7 @@ class Knowledge(Struct, frozen=True, kw_only=True):
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
-    """One trace. `first` is the baseline with the highest knee; `knowledge` is of ours only."""
+    """One trace. `first` is the baseline with the highest knee; `knowledge` is of ours alone."""
 
     trace: str
     profile: str
@@ -85,6 +86,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     cases: list[Case]
     sweep: list[Run]
     knowledge: Knowledge | None
+    floor: Floor
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -174,6 +176,7 @@ def compare(plan: Plan, trace: str, workloads: dict[int, FleetWorkload]) -> Comp
         cases=cases,
         sweep=sweep,
         knowledge=None if oracle is None else _knowledge(plan, fleets, oracle),
+        floor=floor_of(workload, coarse(plan.profile, workload.block_tokens)),
     )
 
 
@@ -210,6 +213,12 @@ def told_comparison(comparison: Comparison) -> str:
             f"{knowledge.conditions}: {ours} to {knowledge.oracle}, by knee: "
             f"{knowledge.knee / knowledge.oracle_knee:.2f}"
         )
+    floor = comparison.floor
+    lines.append(
+        f"no policy is faster, an idle engine for each request and all caches in one: TTFT mean "
+        f"{floor.ttft_mean_ms:.0f} ms, p99 {floor.ttft_p99_ms:.0f} ms, {floor.hit_ratio:.1%} of prompts "
+        "cached"
+    )
     for case in comparison.cases:
         lines += ["", f"{case.name}: {case.per_s:.2f} req/s", *_rows(case)]
     return "\n".join(lines)

@@ -11,11 +11,16 @@ import pytest
 from msgspec.structs import replace
 
 from dispatcher.errors import SettingsError
+from dispatcher.simulation.fleet import coarse
 from dispatcher.simulation.fleet_report import Run
+from dispatcher.simulation.fleet_workload import FleetWorkload, Turn
+from dispatcher.simulation.goodput import cold_prefill_s
 from dispatcher.simulation.named_router import router_of
 from dispatcher.simulation.policies import BY_NAME, TUNABLE
-from tests.bench import scheduling, tuning
+from dispatcher.simulation.profiles import PROFILES
+from tests.bench import ablation, scheduling, tuning
 from tests.bench.scheduling import DEGRADED, SHARES, SLOW
+from tests.bench.scheduling_floor import floor_of
 from tests.bench.scheduling_ratios import MEASURES, ratios
 from tests.bench.tuning import Tunings, Workload, combinations, read_tuned
 from tests.support.told_run import told_run
@@ -90,6 +95,54 @@ def test_a_tiny_comparison_has_all_its_cases_and_writes_them(
         "mooncake_conversation_2000-4-sweep.png",
         "mooncake_conversation_2000-4-ratios.png",
     }
+
+
+def turn(prompt_tokens: int, *blocks: int) -> Turn:
+    return Turn(pause_s=0.0, prompt_tokens=prompt_tokens, output_tokens=1, blocks=blocks)
+
+
+def test_the_floor_has_every_earlier_prefix_cached_and_every_engine_idle() -> None:
+    profile = coarse(PROFILES["test"], 100)
+    sessions = [[turn(250, 1, 2), turn(350, 1, 2, 3)], [turn(200, 1, 9)], [turn(200, 7, 8)]]
+    floor = floor_of(FleetWorkload(sessions=sessions, block_tokens=100, per_s=1.0), profile)
+    seconds = [
+        cold_prefill_s(profile, 250),
+        cold_prefill_s(profile, 200, 100),
+        cold_prefill_s(profile, 200),
+        cold_prefill_s(profile, 350, 200),
+    ]
+    assert floor.hit_ratio == 0.3
+    assert floor.ttft_mean_ms == pytest.approx(1000 * sum(seconds) / 4, abs=0.001)
+    assert floor.ttft_p99_ms == pytest.approx(1000 * max(seconds), abs=0.001)
+    assert cold_prefill_s(profile, 200, 100) < cold_prefill_s(profile, 200)
+
+
+def test_nobody_is_below_the_floor(tmp_path: Path) -> None:
+    path = tmp_path / "scheduling.json"
+    assert scheduling.main([*TINY, "--baseline", "lmetric", "--json", str(path)]) == 0
+    (comparison,) = json.loads(path.read_text())["comparisons"]
+    floor = comparison["floor"]
+    for case in comparison["cases"]:
+        for one in case["runs"]:
+            assert one["ttft_ms"]["mean"] >= floor["ttft_mean_ms"]
+            assert one["hit_ratio"] <= floor["hit_ratio"]
+
+
+def test_an_ablation_holds_each_variant_against_the_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ablation.json"
+    assert ablation.main(["--requests", "60", "--nodes", "3", "--seeds", "2", "--json", str(path)]) == 0
+    (told,) = json.loads(path.read_text())["ablations"]
+    assert len(told["variants"]) == len(ablation.SHARES) * (1 + len(ablation.PARTS))
+    printed = capsys.readouterr().out
+    for one in told["variants"]:
+        assert {run["seed"] for run in one["runs"]} == {1, 2}
+        assert {run["policy"] for run in one["runs"]} == {one["policy"]}
+        assert one["part"] in printed
+        if one["policy"] == "flexlb":
+            assert one["good_ratio"] == one["ttft_mean_ratio"] == one["tpot_mean_ratio"] == 1
+    assert {one["policy"] for one in told["variants"]} == {"flexlb", *ablation.PARTS.values()}
 
 
 def test_a_comparison_where_prefill_and_decode_are_apart(
