@@ -189,6 +189,7 @@ class DispatcherSettings(AccessSettings):
     ttft_pool_size: int = Field(
         default=1, ge=1, le=10_000, description="shortest_ttft: the number of nodes that are the best"
     )
+    # Below the time after which the guard takes what is bound and in Redis as waiting for lost.
     batch_wait_ms: float = Field(
         default=0,
         ge=0,

@@ -31,6 +31,7 @@ from dispatcher.backends.environment import (
 )
 from dispatcher.errors import SettingsError
 from dispatcher.frontend.settings import FrontendSettings
+from dispatcher.services.watch import RECONCILE_S
 from dispatcher.settings import DispatcherSettings
 from workers_agent.settings import AgentSettings
 
@@ -76,6 +77,12 @@ def test_each_source_wins_over_the_next(file: Path) -> None:
         ("random", "FLEXLB_POLICY"),
         ("least_outstanding_tokens", "--policy"),
     ]
+
+
+def test_no_batching_window_outlasts_the_guard_s_patience() -> None:
+    message = told({"batch_wait_ms": "1001"})
+    assert "--batch-wait-ms: expected a number from 0 to 1000" in message
+    assert RECONCILE_S >= 2 * 1.0, "what waits for its batch must not be seen twice as bound and pending"
 
 
 def test_an_unknown_policy_is_told_which_exist() -> None:
