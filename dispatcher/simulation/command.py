@@ -6,6 +6,7 @@ Deterministic: the same trace, flags and seed give the same figures on every mac
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -212,6 +213,8 @@ async def run_simulate(options: argparse.Namespace) -> int:
     )
     if options.explain is not None:
         return _explain(fleets, options, seeds[0])
+    if options.from_topic is not None:
+        _tell_too_long(source, fleets, is_cut=options.requests is not None)
     with running(fleets, jobs=options.jobs) as runner:
         if options.sweep:
             runs = runner.sweep(policies, seeds)
@@ -249,6 +252,17 @@ def _explain(fleets: Fleets, options: argparse.Namespace, seed: int) -> int:
     for one in router.explanations:
         print(f"\n{as_text(one)}")
     return 0
+
+
+def _tell_too_long(source: Source, fleets: Fleets, *, is_cut: bool) -> None:
+    """Tell of recorded requests that no engine of this profile could hold."""
+    held = next(iter(fleets.workloads.values())).requests
+    if isinstance(source, Sequence) and not isinstance(source, str) and not is_cut and held < len(source):
+        print(
+            f"left out: {len(source) - held} longer than the KV cache of {fleets.profile.name} "
+            f"({fleets.profile.kv_tokens} tokens)",
+            file=sys.stderr,
+        )
 
 
 def nodes_of(nodes: int | None, prefill: int | None, decode: int | None) -> tuple[int, int]:

@@ -127,6 +127,26 @@ async def test_what_a_pool_was_sent_is_simulated_and_saved_without_its_prompts(
         assert (run.ttft_ms, run.tpot_ms, run.hit_ratio) == (same.ttft_ms, same.tpot_ms, same.hit_ratio)
 
 
+async def test_what_no_engine_could_hold_is_counted(
+    one: Pool, kafka: KafkaAddress, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await one.append(asked(0))
+    await one.append(request("long", tokens={"count": 90_000}))
+    arguments = [
+        "simulate",
+        "--from-topic",
+        kafka.bootstrap,
+        "--pool",
+        one.names.pool,
+        "--policy",
+        "round_robin",
+    ]
+    assert await asyncio.to_thread(main, [*arguments, "--profile", "l4-llama-8b"]) == 0
+    assert "left out: 1 longer than the KV cache of l4-llama-8b (34560 tokens)" in capsys.readouterr().err
+    assert await asyncio.to_thread(main, [*arguments, "--profile", "h100-llama-8b"]) == 0
+    assert "longer than" not in capsys.readouterr().err
+
+
 async def test_reading_leaves_no_group_and_no_record_behind(one: Pool) -> None:
     for number in range(3):
         await one.append(asked(number))
