@@ -13,6 +13,9 @@ from dispatcher.audit import AuditResult
 from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.replay.report import Report, Spread, is_clean
 
+COLUMN = 15
+"""Width of a column whose policy has no longer name."""
+
 
 class Times(TypedDict):
     """How a time was distributed, in milliseconds; None when there are no values."""
@@ -111,7 +114,12 @@ def is_good(ours: Figures, baseline: Figures | None) -> bool:
 def comparison(ours: Figures, baseline: Figures | None) -> str:
     """Lay one run out for people, or two side by side."""
     runs = [ours] if baseline is None else [baseline, ours]
-    lines = [_line("", *(run["policy"] for run in runs), *(["ours / theirs"] if baseline else []))]
+    width = max(COLUMN, *(len(run["policy"]) + 2 for run in runs))
+
+    def line(name: str, *cells: str) -> str:
+        return f"{name:<28}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+    lines = [line("", *(run["policy"] for run in runs), *(["ours / theirs"] if baseline else []))]
     rows: list[tuple[str, Any]] = [
         ("first token, mean ms", lambda run: run["ttft_ms"]["mean"]),
         ("             p50", lambda run: run["ttft_ms"]["p50"]),
@@ -124,14 +132,14 @@ def comparison(ours: Figures, baseline: Figures | None) -> str:
     for name, value in rows:
         values = [value(run) for run in runs]
         ratio = [] if baseline is None else [_ratio(values[1], values[0])]
-        lines.append(_line(name, *map(_number, values), *ratio))
+        lines.append(line(name, *map(_number, values), *ratio))
     lines += [
-        _line("prompt tokens from cache", *(_share(run["hit_ratio"]) for run in runs)),
-        _line("  as predicted at binding", *(_share(run["predicted_hit_ratio"]) for run in runs)),
-        _line("  at most, by the workload", *(_share(run["ideal_hit_ratio"]) for run in runs)),
-        _line("busiest GPU over the mean", *(_number(run["busy_max_over_mean"], 2) for run in runs)),
-        _line("completed", *(f"{completed(run)} of {run['requests']}" for run in runs)),
-        _line("lost, answered twice", *(f"{run['lost']}, {run['duplicated']}" for run in runs)),
+        line("prompt tokens from cache", *(_share(run["hit_ratio"]) for run in runs)),
+        line("  as predicted at binding", *(_share(run["predicted_hit_ratio"]) for run in runs)),
+        line("  at most, by the workload", *(_share(run["ideal_hit_ratio"]) for run in runs)),
+        line("busiest GPU over the mean", *(_number(run["busy_max_over_mean"], 2) for run in runs)),
+        line("completed", *(f"{completed(run)} of {run['requests']}" for run in runs)),
+        line("lost, answered twice", *(f"{run['lost']}, {run['duplicated']}" for run in runs)),
     ]
     others = {
         kind: count
@@ -142,10 +150,6 @@ def comparison(ours: Figures, baseline: Figures | None) -> str:
     if others:
         lines.append("other outcomes: " + ", ".join(f"{count} {kind}" for kind, count in others.items()))
     return "\n".join(lines)
-
-
-def _line(name: str, *cells: str) -> str:
-    return f"{name:<28}" + "".join(f"{cell:>15}" for cell in cells)
 
 
 def _number(value: float | None, digits: int = 1) -> str:

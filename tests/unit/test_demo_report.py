@@ -83,6 +83,10 @@ def test_it_tells_people_and_machines() -> None:
     assert first_token.split()[-3:] == ["200.0", "100.0", "0.50"]
     assert "1 of 1" in text
     assert "other outcomes" not in text
+    long = comparison(ours, run(request("r", ttft_ms=40.0), policy="round_robin_lowest_concurrency"))
+    head, *rows = long.splitlines()
+    assert head.split()[0] == "round_robin_lowest_concurrency"
+    assert len({len(row) for row in (head, *rows[:7])}) == 1, "one below the other"
     assert json.loads(json.dumps(ours)) == ours
 
 
