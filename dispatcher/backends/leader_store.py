@@ -229,6 +229,7 @@ class LeaderStore:
             names.control(node),
             names.load(node),
             names.held(node),
+            names.closing,
             *(names.cached_blocks(node, medium) for medium in Medium),
         )
         state, *refs = await self._run_counted(

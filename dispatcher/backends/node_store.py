@@ -216,16 +216,17 @@ class NodeStore:
             names.queue(node),
             execution,
             job,
+            names.closing,
         ]
         rows = await self._runner.run("claim", keys, arguments)
         jobs = tuple(
             Claimed(
                 job=row[0].decode(),
-                seq=int(row[1] or 0),
+                seq=_number(row[1]),
                 envelope=row[2] or b"",
                 data=row[3] or b"",
-                failures=int(row[4] or 0),
-                hit_tokens=int(row[5] or 0),
+                failures=_number(row[4]),
+                hit_tokens=_number(row[5]),
                 checkpoint=row[6] or b"",
                 stage=(row[7] or b"").decode(errors="replace"),
                 handoff=row[8] or b"",
@@ -276,3 +277,8 @@ class NodeStore:
         if not answer:
             return []
         return [StreamEntry(id=entry, fields=fields) for entry, fields in answer[0][1]]
+
+
+def _number(field: bytes | None) -> int:
+    """A field of a job, 0 where it is damaged: what matters of it the leader knows."""
+    return int(field) if field is not None and field.isdigit() else 0

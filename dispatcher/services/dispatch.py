@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 
 from dispatcher.backends.leader_store import AssignItem, LeaderStore
+from dispatcher.backends.store_view import Placed
 from dispatcher.protocol import codec
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.names import Attempt, JobId
@@ -197,6 +198,10 @@ class Dispatch:
         if answer == "gone":
             choice.node.available = False
             state.enter(waiting)
+            return
+        if answer == "misread":
+            state.log.error("pending job is gone, to be written anew", ref=ref)
+            state.note_misread(Placed(ref=waiting.ref, job=None))
             return
         if answer == "cordoned":
             choice.node.cordoned = True

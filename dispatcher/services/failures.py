@@ -2,6 +2,7 @@
 
 All of a batch are held against their nodes first and decided then, so that what takes down many nodes at once
 is seen as that. What is tried again goes back to `pending` by one script; the rest is an ending to publish.
+A request whose job was gone or could not be read goes there too, to be mended before it is bound again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dispatcher.backends.leader_store import LeaderStore, RetryItem
-from dispatcher.backends.store_view import StoreView, StreamEntry
+from dispatcher.backends.store_view import Placed, StoreView, StreamEntry
 from dispatcher.protocol import codec
 from dispatcher.protocol.handoff import stage_of
 from dispatcher.protocol.names import JobId, Ref
@@ -37,10 +38,10 @@ class _Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class _Retry:
-    """A failed attempt that shall be bound again, and what its giving up would need."""
+    """A failed attempt that shall be bound again; `waiting` None where its request is to be mended first."""
 
     item: RetryItem
-    failure: _Failure
+    waiting: Waiting | None
     is_paid: bool
 
 
@@ -65,6 +66,7 @@ class Failures:
         """Decide one batch of failed or released attempts; returns what is left to publish or to drop."""
         endings: list[ReadyEnding] = []
         failures = []
+        retries: list[_Retry] = []
         for entry in entries:
             try:
                 found = await self._read(entry)
@@ -72,12 +74,14 @@ class Failures:
                 if (gone := await self.refused(entry, error)) is not None:
                     endings.append(gone)
                 continue
-            if isinstance(found, ReadyEnding):
-                endings.append(found)
-            else:
-                self._judge(found)
-                failures.append(found)
-        retries: list[_Retry] = []
+            match found:
+                case ReadyEnding():
+                    endings.append(found)
+                case _Retry():
+                    retries.append(found)
+                case _Failure():
+                    self._judge(found)
+                    failures.append(found)
         outages: dict[str, Outage] = {}
         for failure in failures:
             model = failure.bound.envelope.model
@@ -89,26 +93,43 @@ class Failures:
                 endings.append(self._given_up(failure, attempts, verdict.reason))
             else:
                 retries.append(self._again(failure, verdict))
-        return endings + (await self._retry(retries) if retries else [])
+        if retries:
+            await self._retry(retries)
+        return endings
 
-    async def _read(self, entry: StreamEntry) -> _Failure | ReadyEnding:
+    async def _read(self, entry: StreamEntry) -> _Failure | _Retry | ReadyEnding:
         """Take a failed attempt off its node; one that was superseded is only dropped.
 
         Raises:
-            ValueError: it is not ours, or nothing is known of its request.
+            ValueError: it is not ours.
         """
         failed = codec.failed_attempts.decode(entry.fields.get(b"payload", b""))
         taken = await self.take(entry)
         if isinstance(taken, ReadyEnding):
             return taken
         job, bound = taken
-        return _Failure(entry=entry, job=job, failed=failed, bound=bound)
+        if bound is not None:
+            return _Failure(entry=entry, job=job, failed=failed, bound=bound)
+        # What it has behind it was in its job, but for this.
+        item = RetryItem(
+            entry=entry.id,
+            job=job,
+            not_before_ms=self._state.clock.now_ms(),
+            failures=int(not is_given_back(failed.cause)),
+            excluded=(job.node,),
+            cause=failed.cause.value,
+            attempt=codec.encode(cut_attempt(failed)),
+        )
+        return _Retry(item=item, waiting=None, is_paid=False)
 
-    async def take(self, entry: StreamEntry) -> tuple[JobId, Bound] | ReadyEnding:
+    async def take(self, entry: StreamEntry) -> tuple[JobId, Bound | None] | ReadyEnding:
         """Take an attempt that has no outcome off its node; one that was superseded is only dropped.
 
+        Returns:
+            The attempt and its request; None for one to be mended, which this leader does not know, and whose
+            job is gone or can't be read.
         Raises:
-            ValueError: it is not ours, or nothing is known of its request.
+            ValueError: it is not ours.
         """
         state = self._state
         ref, job = Ref.parse(entry.text("ref")), JobId.parse(entry.text("job"))
@@ -119,27 +140,26 @@ class Failures:
             )
             return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job))
         bound = state.unbind(str(ref)) or await self._stored(job)
-        if bound is None:
-            raise codec.MalformedRecord(f"closing: job {job} has no record")
+        if bound is None and state.is_unfinished(str(ref)):
+            # It waits or runs elsewhere, whoever put this attempt's id back.
+            return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job))
         return job, bound
 
-    def deleted(self, entry: StreamEntry, job: JobId, bound: Bound) -> ReadyEnding:
-        """The ending of a request whose job was deleted by other hands."""
-        failed = FailedAttempt(
-            attempt=str(job.attempt),
-            node=job.node,
-            cause=FailureCause.PROTOCOL,
-            message="its job was deleted from Redis",
-        )
-        failure = _Failure(entry=entry, job=job, failed=failed, bound=bound)
-        return self._given_up(failure, [failed], Reason.ATTEMPTS_EXHAUSTED)
+    def to_mend(self, ref: Ref) -> None:
+        """Note a request that is pending, without a job that could be bound."""
+        self._state.log.error("job is gone or can't be read, to be written anew", ref=str(ref))
+        self._state.note_misread(Placed(ref=ref, job=None))
 
     async def _stored(self, job: JobId) -> Bound | None:
         stored = await until_answered(lambda: self._view.stored_job(str(job)), self._state.metrics)
         if stored is None or not stored.envelope:
             return None
+        try:
+            envelope = codec.envelopes.decode(stored.envelope)
+        except codec.MalformedRecord:
+            return None
         return Bound(
-            envelope=codec.envelopes.decode(stored.envelope),
+            envelope=envelope,
             job=job,
             failures=stored.failures,
             excluded=stored.excluded,
@@ -238,28 +258,26 @@ class Failures:
             attempt=codec.encode(cut_attempt(failed)),
             error="" if is_given_back(failed.cause) else error_text(failed),
         )
-        return _Retry(item=item, failure=failure, is_paid=verdict.is_paid)
+        waiting = Waiting(
+            ref=job.ref,
+            envelope=failure.bound.envelope,
+            from_pending=True,
+            failures=item.failures,
+            excluded=excluded,
+            crashed=item.crashed,
+            entered_ms=state.clock.now_ms(),
+        )
+        is_read = bool(failure.entry.text("id"))  # an agent that can't read a job knows no id
+        return _Retry(item=item, waiting=waiting if is_read else None, is_paid=verdict.is_paid)
 
-    async def _retry(self, retries: Sequence[_Retry]) -> list[ReadyEnding]:
-        """Put attempts back to pending; returns the endings of those whose job was deleted by other hands."""
+    async def _retry(self, retries: Sequence[_Retry]) -> None:
+        """Put attempts back to pending."""
         state = self._state
         items = [retry.item for retry in retries]
         now_iso = state.clock.now_iso()
         answers = await until_answered(lambda: self._store.retry(items, now_iso=now_iso), state.metrics)
-        endings = []
         for retry, answer in zip(retries, answers, strict=True):
-            item, failure = retry.item, retry.failure
-            if answer == "missing":
-                endings.append(self._given_up(failure, [failure.failed], Reason.ATTEMPTS_EXHAUSTED))
-                continue
-            waiting = Waiting(
-                ref=item.job.ref,
-                envelope=failure.bound.envelope,
-                from_pending=True,
-                failures=item.failures,
-                excluded=item.excluded,
-                crashed=item.crashed,
-                entered_ms=state.clock.now_ms(),
-            )
-            state.delay(waiting, item.not_before_ms, is_paid=retry.is_paid)
-        return endings
+            if retry.waiting is None or answer == "missing":
+                self.to_mend(retry.item.job.ref)
+            else:
+                state.delay(retry.waiting, retry.item.not_before_ms, is_paid=retry.is_paid)

@@ -41,7 +41,7 @@ class Handoffs:
         state = self._state
         endings: list[ReadyEnding] = []
         items: list[RetryItem] = []
-        found: list[tuple[StreamEntry, JobId, Bound, Handoff | None]] = []
+        found: list[tuple[JobId, Bound | None, Handoff | None]] = []
         for entry in entries:
             try:
                 taken = await self._failures.take(entry)
@@ -66,24 +66,24 @@ class Handoffs:
                     entry=entry.id,
                     job=job,
                     not_before_ms=state.clock.now_ms(),
-                    failures=bound.failures,
-                    excluded=bound.excluded,
-                    crashed=bound.crashed,
+                    failures=bound.failures if bound is not None else 0,
+                    excluded=bound.excluded if bound is not None else (),
+                    crashed=bound.crashed if bound is not None else (),
                     cause=CAUSE,
                     handoff=payload,
                 )
             )
-            found.append((entry, job, bound, handoff))
+            found.append((job, bound, handoff))
         if not items:
             return endings
         answers = await until_answered(
             lambda: self._store.retry(items, now_iso=state.clock.now_iso()), state.metrics
         )
-        for (entry, job, bound, handoff), answer in zip(found, answers, strict=True):
-            if answer == "missing":
-                endings.append(self._failures.deleted(entry, job, bound))
-                continue
+        for (job, bound, handoff), answer in zip(found, answers, strict=True):
             state.metrics.handoffs.inc()
+            if bound is None or answer == "missing":
+                self._failures.to_mend(job.ref)
+                continue
             state.enter(
                 Waiting(
                     ref=job.ref,

@@ -50,7 +50,7 @@ def waiting_from(job: StoredJob) -> Waiting:
 
 
 class Mend:
-    """Mends what recovery and the guard found unreadable."""
+    """Mends what recovery, the guard, failed attempts and assignments showed to be unreadable."""
 
     def __init__(
         self, state: LeaderState, store: LeaderStore, view: StoreView, recall: Recall, endings: Endings

@@ -24,6 +24,7 @@ from dispatcher.backends.leader_store import (
     AssignItem,
     CloseItem,
     LeaderStore,
+    MendItem,
     RetryItem,
 )
 from dispatcher.backends.node_store import Busy, Claimed, Ending, NodeStore
@@ -878,12 +879,15 @@ async def test_foreign_jobs_are_named_and_never_given_out(stage: Stage) -> None:
     await assign(leader, item(0))
     await client.hset("rq:job:pickled", mapping={"data": b"\x80\x04.", "origin": "p--n"})
     await client.hset(f"rq:job:{job_id(5, node='other')}", mapping={"data": b"theirs"})
-    await client.rpush(queue, "pickled", str(job_id(5, node="other")), str(job_id(6)), "b\xff")
+    record = str(job_id(6))
+    await client.hset(f"rq:job:{record}", mapping={"data": b"mine", "exc_info": "engine_error"})
+    await client.rpush(queue, "pickled", str(job_id(5, node="other")), record, "b\xff")
     answer = await node.claim("x", 1, 10, now_iso=LATER_ISO)
     assert ids(list(answer.jobs)) == [str(job_id(0))]
-    assert answer.foreign == ("pickled", str(job_id(5, node="other")), str(job_id(6)), "b\xff")
+    assert answer.foreign == ("pickled", str(job_id(5, node="other")), record, "b\xff")
     assert await client.llen(queue) == 0
     assert await client.zcard(stage.names.claimed("n")) == 1
+    assert await stage.closing() == []
 
 
 @everywhere
@@ -1215,12 +1219,23 @@ async def test_a_job_remembers_its_newest_eight_failed_attempts(stage: Stage) ->
 
 
 @everywhere
-async def test_a_retry_without_its_job_keeps_the_entry(stage: Stage) -> None:
+async def test_a_retry_without_its_job_is_pending_to_be_written_anew(stage: Stage) -> None:
     leader, _, entry = await failed_attempt(stage)
     await stage.client.delete(stage.names.job(job_id(0)))
-    retry = RetryItem(entry=entry, job=job_id(0), not_before_ms=0, failures=1, excluded=(), cause="connect")
+    retry = RetryItem(
+        entry=entry, job=job_id(0), not_before_ms=0, failures=1, excluded=("n",), cause="connect"
+    )
     assert await leader.retry([retry]) == ["missing"]
-    assert len(await stage.closing()) == 1
+    assert await leader.retry([retry]) == ["already"]
+    assert await stage.places() == ["pending"]
+    assert await assign(leader, item(0, node="other", n=2, from_pending=True)) == ["gone"], "no such node"
+    assert await assign(leader, item(0, n=2, from_pending=True)) == ["misread"]
+    assert await stage.places() == ["pending"]
+    mended = MendItem(ref=job_id().ref, job=None, envelope=b"new envelope", data=b"new data")
+    assert await leader.mend([mended], now_iso=LATER_ISO) == ["ok"]
+    (stored,) = (await stage.view.ledger()).jobs
+    assert (stored.failures, stored.excluded, stored.envelope) == (1, ("n",), b"new envelope")
+    assert await assign(leader, item(0, n=2, from_pending=True)) == ["ok"]
 
 
 @everywhere

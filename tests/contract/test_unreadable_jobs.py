@@ -13,12 +13,14 @@ from aiokafka import TopicPartition
 from aiokafka.admin import RecordsToDelete
 
 from dispatcher.backends.connect import KafkaClients
-from dispatcher.backends.leader_store import LeaderStore, MendItem
+from dispatcher.backends.leader_store import CloseItem, LeaderStore, MendItem
 from dispatcher.backends.store_view import Placed
 from dispatcher.errors import Deposed
 from dispatcher.local.valkey import ValkeyServer
-from dispatcher.protocol.names import JobId, Lane, Ref
-from dispatcher.protocol.outcome import FailureCause, OutcomeKind, Reason
+from dispatcher.protocol import codec
+from dispatcher.protocol.names import Attempt, JobId, Lane, Ref
+from dispatcher.protocol.outcome import FailedAttempt, FailureCause, OutcomeKind, Reason
+from tests.contract.test_agent import HeldEngine, running_agent
 from tests.contract.test_answered_entries import claimed_by, finished_mark
 from tests.contract.test_scripts import (
     LATER_ISO,
@@ -382,4 +384,218 @@ async def test_a_requeued_record_of_a_failed_attempt_is_not_taken_for_a_lost_job
         async with one.running(one.dispatcher()) as second:
             assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
             assert second.metrics.mended.labels("run_again")._value.get() == 0
+            assert len(one.of("r1")) == 1
+
+
+# Under a leader that goes on
+
+
+def patient(clients: KafkaClients, valkey: ValkeyServer, pool: str) -> Pool:
+    """A pool whose leader goes on, also where this machine stands still for a while."""
+    return Pool(clients, valkey.url, pool, leader_ttl_s=20.0)
+
+
+@everywhere
+async def test_a_queued_job_that_is_gone_goes_to_the_leader_when_it_is_claimed(stage: Stage) -> None:
+    for damage in ("gone", "type", "no request"):
+        await stage.client.flushdb()
+        leader = await stage.lead()
+        node = await stage.join()
+        await assign(leader, item(0), item(1))
+        key = stage.names.job(job_id(0))
+        if damage == "no request":
+            await stage.client.hdel(key, "envelope")
+        else:
+            await stage.client.delete(key)
+        if damage == "type":
+            await stage.client.set(key, "none of ours")
+        for _ in range(2):  # a repeated claim changes nothing
+            answer = await node.claim("x", 1, 10, now_iso=LATER_ISO)
+            assert ([one.job for one in answer.jobs], answer.foreign) == ([str(job_id(1))], ())
+            assert await stage.places() == ["closing"]
+        ((_, told),) = await stage.closing()
+        assert (told[b"kind"], told[b"id"], told[b"job"]) == (b"released", b"", str(job_id(0)).encode())
+        assert codec.failed_attempts.decode(told[b"payload"]) == FailedAttempt(
+            attempt="5_1",
+            node="n",
+            cause=FailureCause.LEASE_EXPIRED,
+            message="its job was gone when it was to be claimed",
+        )
+        assert not await stage.client.exists(key)
+        assert await stage.client.zrange(stage.names.claimed("n"), 0, -1) == [str(job_id(1)).encode()]
+        close = CloseItem(place="lost", ref=job_id(0).ref, kind="outcome", id="r", job=job_id(0))
+        assert await leader.close([close]) == ["already"], "its leader is to read it first"
+
+
+@everywhere
+async def test_a_queued_job_that_is_gone_goes_to_the_leader_when_its_node_is_emptied(stage: Stage) -> None:
+    for mode in ("queued", "fence"):
+        await stage.client.flushdb()
+        leader = await stage.lead()
+        await stage.join()
+        await assign(leader, item(0), item(1))
+        await stage.client.delete(stage.names.job(job_id(0)))
+        record = job_id(7)
+        await stage.client.hset(stage.names.job(record), mapping={"data": "mine", "exc_info": "no"})
+        await stage.client.rpush(stage.names.queue_key("n"), str(record))
+        assert await leader.requeue("n", mode, "x", "draining") == [Ref.parse("i0_1")]
+        assert await stage.places() == ["closing"]
+        assert await stage.places("i0_7") == [], "the record of a failed attempt is no request"
+        ((_, told),) = await stage.closing()
+        assert codec.failed_attempts.decode(told[b"payload"]).cause is FailureCause.DRAINING
+
+
+@everywhere
+async def test_an_agent_keeps_and_ends_what_it_holds_whatever_its_job_became(stage: Stage) -> None:
+    for damage in ("gone", "type"):
+        await stage.client.flushdb()
+        leader = await stage.lead()
+        node = await stage.join()
+        await assign(leader, item(0), item(1))
+        await claim(node)
+        for offset in (0, 1):
+            await stage.client.delete(stage.names.job(job_id(offset)))
+            if damage == "type":
+                await stage.client.set(stage.names.job(job_id(offset)), "none of ours")
+        held = [str(job_id(0)), str(job_id(1))]
+        _, lost = await node.extend("x", held, now_iso=LATER_ISO, checkpoints={held[0]: b"here"})
+        assert lost == []
+        assert await node.complete("x", [ending(job_id(0)), ending(job_id(1), "failed")]) == ["ok", "ok"]
+        assert [await stage.places(f"i0_{n}") for n in (0, 1)] == [["closing"], ["closing"]]
+
+
+@everywhere
+async def test_numbers_of_a_job_that_are_none_cost_it_nothing(stage: Stage) -> None:
+    leader = await stage.lead()
+    node = await stage.join()
+    await assign(leader, item(0))
+    await stage.client.hset(stage.names.job(job_id()), mapping={"failures": "many", "seq": "", "hit": "-"})
+    (claimed,) = await claim(node)
+    assert (claimed.failures, claimed.seq, claimed.hit_tokens) == (0, 0, 0)
+    assert claimed.envelope != b""
+
+
+Spoil = Callable[[Pool, str], Awaitable[object]]
+SPOILT: dict[str, Spoil] = {
+    **{name: DAMAGES[name] for name in ("garbage", "later release", "gone")},
+    "garbage for data": lambda one, key: one.redis.hset(key, "data", "?"),
+    "no request": lambda one, key: one.redis.hdel(key, "envelope"),
+}
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("damage", SPOILT)
+async def test_a_running_leader_mends_what_an_agent_finds_in_its_queue(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str, damage: str
+) -> None:
+    engine = HeldEngine()
+    engine.go_on.set()
+    async with patient(kafka_clients, valkey, pool) as one, one.running(one.dispatcher()) as leader:
+        async with one.running(ScriptedNode(one, "n1")) as node:
+            node.hears.clear()
+            await one.append_many([json.dumps(request("r1", tenant="acme")).encode()])
+            key = one.names.queue_key("n1")
+
+            async def queued() -> list[bytes]:
+                return [
+                    id for list in (key, f"{key}:intermediate") for id in await one.redis.lrange(list, 0, -1)
+                ]
+
+            async def is_queued() -> bool:
+                return len(await queued()) == 1
+
+            await wait_until(is_queued, "it to be queued")
+            ((id,)) = await queued()
+            await SPOILT[damage](one, one.names.job(id.decode()))
+        async with running_agent(one, engine):
+            assert (await one.outcome("r1", "acme")).kind is OutcomeKind.COMPLETED
+            await wait_until(
+                lambda: leader.state is not None and leader.state.progress["i0"].finished == 1,
+                "it to be finished",
+            )
+        assert leader.metrics.mended.labels("run_again")._value.get() == 1
+        assert leader.metrics.elections._value.get() == 1
+        assert (len(one.of("r1", "acme")), one.dead, engine.started) == (1, [], ["r1"])
+        assert not await one.redis.keys(f"{one.names.prefix}pending*")
+
+
+@pytest.mark.kafka
+async def test_a_running_leader_mends_what_failed_and_what_waits_without_its_job(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with patient(kafka_clients, valkey, pool) as one, one.running(ScriptedNode(one, "n1")) as node:
+        node.holds = True
+        async with one.running(one.dispatcher()) as leader:
+            mended = leader.metrics.mended.labels("run_again")
+            await one.append(request("r1"))
+            (job,) = await claimed_by(node, 1)
+            ref = str(JobId.parse(job.job).ref)
+            await one.redis.delete(one.names.job(job.job))
+            node.claimed.clear()
+            failure = node.failed(job, FailureCause.ENGINE_ERROR)
+            assert await node.store.complete(node.incarnation, [failure]) == ["ok"]
+            (again,) = await claimed_by(node, 1)
+            assert (mended._value.get(), again.failures) == (1, 1)
+
+            await one.redis.hset(one.names.cordons, "n1", "cordon")
+            await one.redis.xadd(one.names.reports, {"kind": "cordon", "body": ""})
+            node.claimed.clear()
+            failure = node.failed(again, FailureCause.ENGINE_ERROR)
+            assert await node.store.complete(node.incarnation, [failure]) == ["ok"]
+
+            async def is_pending() -> bool:
+                return bool(await one.redis.exists(one.names.pending_job(ref)))
+
+            await wait_until(is_pending, "it to be pending")
+            await one.redis.delete(one.names.pending_job(ref))
+            node.holds = False
+            await one.redis.hdel(one.names.cordons, "n1")
+            await one.redis.xadd(one.names.reports, {"kind": "cordon", "body": ""})
+            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
+            assert mended._value.get() == 2
+            assert leader.metrics.elections._value.get() == 1
+
+
+@pytest.mark.kafka
+async def test_a_new_leader_mends_what_an_agent_gave_back_without_its_job(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    """Nobody leads when the agent finds it: what it says waits in `closing`."""
+    async with Pool(kafka_clients, valkey.url, pool) as one, one.running(ScriptedNode(one, "n1")) as node:
+        key, _ = await placed(one, node, "queue")
+        await one.redis.delete(key)
+        await obey(one, node, "queue")
+
+        async def is_given_back() -> bool:
+            return bool(await one.redis.xlen(one.names.closing))
+
+        await wait_until(is_given_back, "the agent to give it back")
+        async with one.running(one.dispatcher()) as second:
+            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
+            assert second.metrics.mended.labels("run_again")._value.get() == 1
+            assert len(one.of("r1")) == 1
+
+
+@pytest.mark.kafka
+async def test_an_id_without_a_job_that_is_no_attempt_of_its_request_changes_nothing(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    async with patient(kafka_clients, valkey, pool) as one, one.running(ScriptedNode(one, "n1")) as node:
+        node.holds = True
+        async with one.running(one.dispatcher()) as leader:
+            await one.append(request("r1"))
+            (job,) = await claimed_by(node, 1)
+            other = JobId.parse(job.job)
+            planted = JobId(other.pool, other.node, other.ref, Attempt(1, 1))
+            await one.redis.rpush(one.names.queue_key("n1"), str(planted))
+
+            async def is_dropped() -> bool:
+                queued = await one.redis.llen(one.names.queue_key("n1"))
+                return not queued and not await one.redis.xlen(one.names.closing)
+
+            await wait_until(is_dropped, "the leader to drop it")
+            assert await one.redis.zrange(one.names.claimed("n1"), 0, -1) == [job.job.encode()]
+            assert await node.store.complete(node.incarnation, [node.completed(job)]) == ["ok"]
+            assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
+            assert leader.metrics.mended.labels("run_again")._value.get() == 0
             assert len(one.of("r1")) == 1

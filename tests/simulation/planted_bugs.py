@@ -22,6 +22,7 @@ from dispatcher.backends.store_view import StoredLedger, StoreView
 from dispatcher.errors import LogUnavailable
 from dispatcher.scheduling.progress import SourceProgress
 from dispatcher.services import recover
+from dispatcher.services.failures import Failures
 from dispatcher.services.publish import Publish
 from tests.support.cluster import simulate
 
@@ -98,6 +99,17 @@ def claim_leaves_the_delivery(_: pytest.MonkeyPatch) -> dict[str, str]:
         "if redis.call('LREM', KEYS[4], 1, id) == 1 then take(id) end",
         "take(id)",
     )
+
+
+def claim_drops_what_has_no_job(_: pytest.MonkeyPatch) -> dict[str, str]:
+    """`claim` takes an id whose job was deleted out of the queue and tells nobody."""
+    return edited("claim", "    give_back(id, ref, attempt)", "    foreign[#foreign + 1] = {id}")
+
+
+def retry_believes_in_a_job(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A failed attempt's request is bound again as it is, whatever became of its job."""
+    patch.setattr(Failures, "to_mend", lambda failures, ref: None)
+    return {}
 
 
 def claim_when_fenced(_: pytest.MonkeyPatch) -> dict[str, str]:
@@ -232,6 +244,8 @@ def leader_by_the_own_clock(patch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 FAULTS: dict[Plant, tuple[str, ...]] = {
+    claim_drops_what_has_no_job: ("spoil_jobs",),
+    retry_believes_in_a_job: ("spoil_jobs",),
     outcome_outside_the_transaction: ("strike_between_effects", "freeze_dispatcher"),
     rewind_overlooked: ("rewind_redis", "kill_dispatcher"),
     deadlines_by_the_own_clock: ("jump_clock",),
@@ -244,6 +258,8 @@ BUGS: dict[Plant, int] = {
     commit_before_assign: 2,
     assign_not_idempotent: 7,
     claim_leaves_the_delivery: 0,
+    claim_drops_what_has_no_job: 1,
+    retry_believes_in_a_job: 1,
     claim_when_fenced: 21,
     report_when_fenced: 1,
     complete_without_attempt: 4,

@@ -61,7 +61,7 @@ class Faults:
             self._jump_clock,
             self._renew_settings,
         )
-        by_name = (self._damage_jobs,)  # beside those of every seed
+        by_name = (self._damage_jobs, self._spoil_jobs)  # beside those of every seed
         self._faults = (
             tuple(fault for fault in (*faults, *by_name) if fault.__name__.lstrip("_") in kinds) or faults
         )
@@ -251,6 +251,26 @@ class Faults:
             )
         self._cluster.note(f"damage {len(damaged)} of {len(jobs)} jobs")
         self._kill_dispatcher()
+
+    def _spoil_jobs(self) -> None:
+        """Some jobs are deleted, or have rubbish in a field or none of it; their leader goes on."""
+        rng, redis, names = self._rng, self._cluster.redis, self._cluster.names
+        found = [*redis.call("KEYS", names.pending_job("*")), *redis.call("KEYS", names.job("*"))]
+        jobs = [key for key in sorted(found) if redis.call("TYPE", key) == b"hash"]
+        spoilt = rng.sample(jobs, rng.randint(0, len(jobs)))
+        for key in spoilt:
+            match rng.choice(["gone", "gone", "rubbish", "field gone", "strange"]):
+                case "gone":
+                    redis.call("DEL", key)
+                case "rubbish":
+                    field = rng.choice(["envelope", "data", "failures", "hit", "seq", "ref"])
+                    redis.call("HSET", key, field, rng.choice([b"none of ours", b'{"v":99}', b"\xff"]))
+                case "field gone":
+                    redis.call("HDEL", key, rng.choice(["envelope", "data"]))
+                case _:
+                    redis.call("DEL", key)
+                    redis.call("SET", key, "none of ours", "PX", 600_000)
+        self._cluster.note(f"spoil {len(spoilt)} of {len(jobs)} jobs")
 
     def _break_kafka(self) -> None:
         self._cluster.note("kafka down")

@@ -11,6 +11,7 @@
 --   'ok'                  pushed
 --   'already'             it is in Redis or was: success for a repeated call
 --   'gone'                the node is fenced, has another incarnation or keys that are none of ours: choose again
+--   'misread'             its job in `pending` is gone, or lacks its request: to be written anew there
 --   'cordoned'            an operator wants nothing new there: choose again
 --   'dup|<ref>|<print>'   its (tenant, id) belongs to another record
 -- Deliberately without allow-oom: at maxmemory nothing new is bound, so that work can end.
@@ -83,6 +84,8 @@ for i = 1, items do
     answer = 'gone'
   elseif any_cordoned and redis.call('HGET', KEYS[5], node) then
     answer = 'cordoned'
+  elseif not unless_strange(prefix .. 'pending:' .. ref, redis.pcall('HGET', prefix .. 'pending:' .. ref, 'envelope')) then
+    answer = 'misread'
   else
     seq = push(node_key, queue, job)
     if not seq then

@@ -4,10 +4,12 @@
 -- ARGV  1 incarnation  2 claim number (rising within an incarnation)  3 limit  4 lease ms
 --       5 now (ISO 8601)  6 queue ('<pool>--<node>', also the worker's name)
 --       7 '' or the RQ execution id when a stock RQ worker already took the job in ARGV[8]
+--       9 closing (no KEYS, as in register)
 -- Returns a list of {job id, seq, envelope, data, failures, predicted cached tokens, checkpoint, stage, hand-off},
--- then foreign ids as {id}: of other makers, of jobs that are gone, and of mere records of failed attempts, which RQ's
--- `requeue` puts back;
+-- then foreign ids as {id}: of other makers, and of mere records of failed attempts, which RQ's `requeue` puts back;
 -- error FENCED as in report; {} for a claim older than the last one.
+-- An id of ours whose job is gone, or lacks its request, goes to the leader as an attempt given back, with request id
+-- '': whatever stood in the queue is a request, and is never in no place.
 -- A job is entitled by removing its id from the list that proves it is ours to take: a frozen agent
 -- wakes with an id that its blocking read had already delivered, long after it was moved elsewhere.
 local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced', 'claim_seq')
@@ -19,11 +21,28 @@ local last = tonumber(known[3] or '0')
 if number < last then return {} end
 local taken, foreign = {}, {}
 local mine = queue .. '--'
+local function give_back(id, ref, attempt)
+  redis.call('DEL', 'rq:job:' .. id)
+  if ARGV[7] ~= '' then redis.call('ZREM', KEYS[5], id .. ':' .. ARGV[7]) end
+  redis.call('XADD', ARGV[9], '*', 'kind', 'released', 'ref', ref, 'id', '', 'job', id, 'payload', string.format(
+    '{"attempt":"%s","node":"%s","cause":"lease_expired","message":"its job was gone when it was to be claimed"}',
+    attempt, string.match(queue, '^.-%-%-(.*)$')))
+end
 local function take(id)
-  if string.sub(id, 1, #mine) ~= mine or not redis.call('HGET', 'rq:job:' .. id, 'envelope') then
+  local job = redis.pcall('HMGET', 'rq:job:' .. id, 'envelope', 'ref', 'exc_info')
+  if job.err then
+    if not string.find(job.err, 'WRONGTYPE', 1, true) then error(job.err) end
+    job = {}
+  end
+  local ref, attempt = string.match(string.sub(id, #mine + 1), '^([ib]%d+_%d+)%-%-(%d+_%d+)$')
+  if string.sub(id, 1, #mine) ~= mine or not ref then
+    foreign[#foreign + 1] = {id}
+  elseif job[1] then
+    taken[#taken + 1] = id
+  elseif job[3] and not job[2] then
     foreign[#foreign + 1] = {id}
   else
-    taken[#taken + 1] = id
+    give_back(id, ref, attempt)
   end
 end
 if number == last then

@@ -28,15 +28,16 @@ local function tidy(key, ...)
   end
 end
 local prefix, pool, window = ARGV[3], ARGV[4], ARGV[5]
--- Whether an ending of this attempt may wait in `closing`; when that holds too many to look through, it may.
-local function may_be_closing(job)
+-- Whether this attempt may wait in `closing`: ended, or without its job given back. When that holds too many to look
+-- through, one that has its job may.
+local function may_be_closing(job, is_there)
   local entries = redis.call('XRANGE', KEYS[5], '-', '+', 'COUNT', 1001)
   for _, entry in ipairs(entries) do
-    for i = 1, #entry[2], 2 do
-      if entry[2][i] == 'job' and entry[2][i + 1] == job then return true end
-    end
+    local found = {}
+    for i = 1, #entry[2], 2 do found[entry[2][i]] = entry[2][i + 1] end
+    if found.job == job and (is_there or found.kind == 'released') then return true end
   end
-  return #entries > 1000
+  return is_there and #entries > 1000
 end
 -- Whether this very ending waits in `closing`: of its newest 1000, as a call is repeated soon.
 local function is_appended(ref, kind, payload)
@@ -93,8 +94,10 @@ for i = 1, tonumber(ARGV[6]) do
     elseif place == 'lost' then
       local low = tonumber(redis.call('HGET', KEYS[3], source) or '0')
       local taken = tonumber(offset) < low or redis.call('ZSCORE', prefix .. 'above:' .. source, offset)
-      if taken and not redis.call('ZSCORE', KEYS[4], ref) and not (is_there and may_be_closing(job)) then
-        answer, is_repeated = 'ok', is_appended(ref, kind, payload)
+      if taken and not redis.call('ZSCORE', KEYS[4], ref) then
+        if not may_be_closing(job, is_there) then
+          answer, is_repeated = 'ok', is_appended(ref, kind, payload)
+        end
       end
     end
     if answer == 'ok' then

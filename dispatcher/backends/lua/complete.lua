@@ -12,6 +12,13 @@ local known = redis.call('HMGET', KEYS[1], 'incarnation', 'fenced')
 if known[1] ~= ARGV[1] or known[2] == ARGV[1] then
   return redis.error_reply('FENCED this incarnation is ' .. (known[1] and 'fenced' or 'unknown'))
 end
+-- A job is rebuilt from its record by the leader; one of another type, whoever made it so, is as good as none.
+local function note(job, ...)
+  local done = redis.pcall('HSET', job, ...)
+  if type(done) ~= 'table' or not done.err then return end
+  if not string.find(done.err, 'WRONGTYPE', 1, true) then error(done.err) end
+  redis.call('DEL', job)
+end
 local at = 4
 local answers = {}
 for i = 1, tonumber(ARGV[3]) do
@@ -24,8 +31,8 @@ for i = 1, tonumber(ARGV[3]) do
     if kind == 'outcome' then
       redis.call('DEL', 'rq:job:' .. job)
     else
-      redis.call('HSET', 'rq:job:' .. job, 'status', 'deferred')
-      if checkpoint ~= '' then redis.call('HSET', 'rq:job:' .. job, 'checkpoint', checkpoint) end
+      note('rq:job:' .. job, 'status', 'deferred')
+      if checkpoint ~= '' then note('rq:job:' .. job, 'checkpoint', checkpoint) end
     end
     answers[i] = 'ok'
   else

@@ -11,13 +11,20 @@ end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local until_ms = now + tonumber(ARGV[2])
+-- A job is rebuilt from its record by the leader; one of another type, whoever made it so, is as good as none.
+local function note(job, ...)
+  local done = redis.pcall('HSET', job, ...)
+  if type(done) ~= 'table' or not done.err then return end
+  if not string.find(done.err, 'WRONGTYPE', 1, true) then error(done.err) end
+  redis.call('DEL', job)
+end
 local answer = {redis.call('LLEN', KEYS[3]) + redis.call('LLEN', KEYS[4])}
 for i = 6, #ARGV, 2 do
   if redis.call('ZSCORE', KEYS[2], ARGV[i]) then
     redis.call('ZADD', KEYS[2], until_ms, ARGV[i])
     local job = 'rq:job:' .. ARGV[i]
     if ARGV[i + 1] ~= '' and redis.call('EXISTS', job) == 1 then
-      redis.call('HSET', job, 'checkpoint', ARGV[i + 1])
+      note(job, 'checkpoint', ARGV[i + 1])
     end
   else
     answer[#answer + 1] = ARGV[i]

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Move what a node held to `pending`: its queue, what was in delivery, what it had claimed.
 -- KEYS  1 epoch  2 generation  3 pending  4 node  5 claimed  6 RQ queue  7 RQ intermediate  8 RQ wip
---       9 control  10 load  11 held  12.. cached blocks, one set per tier
+--       9 control  10 load  11 held  12 closing  13.. cached blocks, one set per tier
 -- ARGV  1 token  2 highest counter seen  3 key prefix  4 node  5 mode  6 incarnation  7 cause
 --       mode 'fence':   fence ARGV[6] and move everything
 --            'expired': move claimed jobs whose lease has ended (held by nobody)
@@ -10,7 +10,8 @@
 -- Returns {counter, {'ok', ref, ref...}, keys dropped for their type}; {counter, {'other', incarnation}, keys} when
 -- the node has another one by now (fence only). Ids that are not this node's are none of its work, whoever put
 -- them there. A moved request keeps its failure count; the node is noted as excluded, and the attempt that ended
--- so in the job's field `attempts`, which keeps the newest eight, one line of JSON each.
+-- so in the job's field `attempts`, which keeps the newest eight, one line of JSON each. A queued id of ours whose job
+-- is gone goes to `closing`, as from a claim: whether it still is its request's attempt only the leader knows.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
@@ -32,7 +33,7 @@ for _, key in ipairs({KEYS[6], KEYS[7]}) do tidy(key, 'LRANGE', key, 0, 0) end
 tidy(KEYS[9], 'XRANGE', KEYS[9], '-', '+', 'COUNT', 1)
 if ARGV[5] == 'fence' then
   for _, key in ipairs({KEYS[10], KEYS[11]}) do tidy(key, 'HGET', key, '') end
-  for i = 12, #KEYS do tidy(KEYS[i], 'SREM', KEYS[i], '') end
+  for i = 13, #KEYS do tidy(KEYS[i], 'SREM', KEYS[i], '') end
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -43,11 +44,19 @@ local function move(id, is_claimed)
   if string.sub(id, 1, #mine) ~= mine then return end
   local job = 'rq:job:' .. id
   tidy(job, 'HGET', job, '')
-  local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts')
-  local ref = string.match(string.sub(id, #mine + 1), '^([ib]%d+_%d+)%-%-%d+_%d+$')
-  -- In a queue an id without a job may be the record of a failed attempt, put there by RQ's tools; what was claimed is
-  -- a request of ours whatever became of its job: the leader writes that anew.
-  if not ref or not (fields[1] or is_claimed) then return end
+  local fields = redis.call('HMGET', job, 'ref', 'excluded', 'attempts', 'exc_info')
+  local ref, attempt = string.match(string.sub(id, #mine + 1), '^([ib]%d+_%d+)%-%-(%d+_%d+)$')
+  if not ref then return end
+  -- What was claimed is a request of ours whatever became of its job: the leader writes that anew. In a queue an id
+  -- without a job may be one that was put there again, or the record of a failed attempt, put there by RQ's tools.
+  if not (fields[1] or is_claimed) then
+    if not fields[4] then
+      redis.call('DEL', job)
+      redis.call('XADD', KEYS[12], '*', 'kind', 'released', 'ref', ref, 'id', '', 'job', id, 'payload', string.format(
+        '{"attempt":"%s","node":"%s","cause":"%s","message":"its job was gone"}', attempt, ARGV[4], ARGV[7]))
+    end
+    return
+  end
   local excluded = fields[2] or ''
   if not string.find(',' .. excluded .. ',', ',' .. ARGV[4] .. ',', 1, true) then
     excluded = excluded == '' and ARGV[4] or (excluded .. ',' .. ARGV[4])

@@ -6,8 +6,8 @@
 --       n x (closing entry id, job id, ref, not-before epoch ms, failures, excluded nodes, crashed nodes, cause,
 --            failed attempt in JSON or '', text for RQ's failed registry or '', hand-off or '')
 -- The job's field `attempts` keeps the newest eight failed attempts, one line each.
--- Returns {the generation's counter, one answer per item, job keys dropped for their type}: 'ok', 'already' (the closing entry is gone), 'missing' (no job hash:
--- the entry stays, so that the request is not forgotten).
+-- Returns {the generation's counter, one answer per item, job keys dropped for their type}: 'ok', 'already' (the closing
+-- entry is gone), 'missing' (as ok, but its job was gone: what is pending now has to be written anew from its record).
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return redis.error_reply('DEPOSED a newer epoch exists')
 end
@@ -56,23 +56,24 @@ for i = 1, tonumber(ARGV[5]) do
   tidy('rq:job:' .. job, 'HGET', 'rq:job:' .. job, '')
   if #redis.call('XRANGE', KEYS[4], entry, entry) == 0 then
     answers[i] = 'already'
-  elseif redis.call('EXISTS', 'rq:job:' .. job) == 0 then
-    answers[i] = 'missing'
   else
     redis.call('XDEL', KEYS[4], entry)
     local key = ARGV[3] .. 'pending:' .. ref
-    redis.call('RENAME', 'rq:job:' .. job, key)
-    redis.call('PERSIST', key)
+    answers[i] = 'missing'
+    if redis.call('EXISTS', 'rq:job:' .. job) == 1 then
+      redis.call('RENAME', 'rq:job:' .. job, key)
+      redis.call('PERSIST', key)
+      answers[i] = 'ok'
+    end
     local attempts, lines = {}, (redis.call('HGET', key, 'attempts') or '') .. '\n' .. attempt
     for line in string.gmatch(lines, '[^\n]+') do attempts[#attempts + 1] = line end
-    redis.call('HSET', key, 'status', 'scheduled', 'failures', failures, 'excluded', excluded, 'crashed', crashed,
+    redis.call('HSET', key, 'ref', ref, 'status', 'scheduled', 'failures', failures, 'excluded', excluded, 'crashed', crashed,
       'cause', cause, 'attempts', table.concat(attempts, '\n', math.max(1, #attempts - 7)))
     if handoff ~= '' then redis.call('HSET', key, 'transfer', handoff) else redis.call('HDEL', key, 'transfer') end
     redis.call('ZADD', KEYS[3], not_before, ref)
     if error ~= '' then
       record_failure(job, error, ARGV[4], redis.call('HMGET', key, 'created_at', 'enqueued_at', 'started_at'))
     end
-    answers[i] = 'ok'
   end
 end
 return {redis.call('HINCRBY', KEYS[2], 'counter', 1), answers, strange}
