@@ -225,12 +225,15 @@ def told_comparison(comparison: Comparison) -> str:
 
 
 def _rows(case: Case) -> Iterable[str]:
-    yield f"  {'':<14}{'ours':>9}{'best':>9}  {'ours/best':<13}{'whose':<26}to the one with the best knee"
+    width = 2 + max([24, *(len(best.policy) for best in case.to_best.values())])
+    whose = f"{'whose':<{width}}"
+    yield f"  {'':<14}{'ours':>9}{'best':>9}  {'ours/best':<13}{whose}to the one with the best knee"
     for name in MEASURES:
         if name in case.to_best:
             best, first = case.to_best[name], case.to_first.get(name)
+            whose = f"{best.policy:<{width}}"
             yield (
-                f"  {name:<14}{_figure(best.ours):>9}{_figure(best.other):>9}  {best!s:<13}{best.policy:<26}"
+                f"  {name:<14}{_figure(best.ours):>9}{_figure(best.other):>9}  {best!s:<13}{whose}"
                 + (f"{first} ({first.policy})" if first is not None else "")
             )
 
