@@ -28,7 +28,7 @@ from dispatcher.simulation.fleet_report import Run, knees, told_nodes
 from dispatcher.simulation.fleet_runs import Fleets, Runner, Task, running
 from dispatcher.simulation.fleet_workload import workloads_of
 from dispatcher.simulation.goodput import Objectives
-from dispatcher.simulation.knee import told
+from dispatcher.simulation.knee import RESOLUTION, told
 from dispatcher.simulation.policies import BY_NAME, TUNABLE
 from dispatcher.simulation.profiles import PROFILES
 from tests.bench.machine import describe_machine
@@ -129,8 +129,10 @@ def tune(runner: Runner, baseline: str, seeds: Sequence[int]) -> Tuned:
     order = sorted(names, key=lambda name: _rank(of_name[name]), reverse=True)
     finalists = [name for name in order if name != baseline][:FINALISTS]
     knee = {baseline: default, **knees(runner.sweep(finalists, seeds))}
-    # Of equals the defaults: they come first.
     best = max(knee, key=knee.__getitem__)
+    if knee[best] <= default * (1 + RESOLUTION):
+        # A sweep tells knees no nearer apart: what is no better than the defaults are the defaults.
+        best = baseline
     return Tuned(
         baseline=baseline,
         policy=best,

@@ -201,7 +201,9 @@ def test_constants_are_tuned_by_the_knee_and_found_again_by_the_comparison(
     )
     knees = {one.policy: one.knee_per_s for one in cost.tried if one.knee_per_s is not None}
     assert knees.keys() >= {"rtp_llm_cost", *[one.policy for one in cost.tried[:2]]}
-    assert cost.knee_per_s == knees[cost.policy] == max(knees.values()) >= cost.default_knee_per_s
+    assert cost.knee_per_s == knees[cost.policy] >= cost.default_knee_per_s
+    best = max(knees.values())
+    assert cost.knee_per_s == (best if best > 1.02 * cost.default_knee_per_s else cost.default_knee_per_s)
     assert (plain.policy, plain.knee_per_s) == ("random", plain.default_knee_per_s)
     assert f"{cost.knee_per_s:.2f}" in printed
 
