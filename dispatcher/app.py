@@ -235,7 +235,7 @@ class Dispatcher:
             )
             recovered = await recovery.recover(self._last_seen)
             endings = Endings(state, store)
-            parameters = _parameters(settings)
+            parameters = scheduling_parameters(settings)
             batches: Batches[Chosen] = Batches(wait_s=parameters.batch_wait_s, size=parameters.batch_size)
             scheduler = Scheduler(
                 state.fleet,
@@ -258,7 +258,7 @@ class Dispatcher:
                 parameters=_overload(settings),
                 healthy_s=lambda: self.mirror.healthy.now_s,
             )
-            limits = self._limits(requests)
+            limits = admission_limits(settings, names, requests.reply_partitions)
             intake = Intake(
                 state,
                 requests,
@@ -332,20 +332,22 @@ class Dispatcher:
         for log in logs:
             await log.stop()
 
-    def _limits(self, requests: RequestLog) -> AdmissionLimits:
-        settings, names = self._settings, self._names
-        return AdmissionLimits(
-            max_record_bytes=settings.max_record_bytes,
-            default_deadline_ms=int(settings.default_deadline_s * 1000),
-            max_deadline_ms=int(settings.max_deadline_s * 1000),
-            request_topic=names.requests(Lane.INTERACTIVE),
-            bodies_topic=names.bodies,
-            reply_topics={names.replies: requests.reply_partitions},
-            isolate_tenants=settings.isolate_tenants,
-        )
+
+def admission_limits(settings: DispatcherSettings, names: Names, reply_partitions: int) -> AdmissionLimits:
+    """What a record may be."""
+    return AdmissionLimits(
+        max_record_bytes=settings.max_record_bytes,
+        default_deadline_ms=int(settings.default_deadline_s * 1000),
+        max_deadline_ms=int(settings.max_deadline_s * 1000),
+        request_topic=names.requests(Lane.INTERACTIVE),
+        bodies_topic=names.bodies,
+        reply_topics={names.replies: reply_partitions},
+        isolate_tenants=settings.isolate_tenants,
+    )
 
 
-def _parameters(settings: DispatcherSettings) -> SchedulingParameters:
+def scheduling_parameters(settings: DispatcherSettings) -> SchedulingParameters:
+    """How a scheduler weighs."""
     return SchedulingParameters(
         work_weight=settings.work_weight,
         stall_weight=settings.stall_weight,

@@ -11,6 +11,7 @@ import socket
 import sys
 import uuid
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from dispatcher.app import Dispatcher
@@ -23,13 +24,34 @@ from dispatcher.backends.topics import create_topics
 from dispatcher.errors import SettingsError
 from dispatcher.protocol.names import Names
 from dispatcher.settings import NEEDS_RESTART, DispatcherSettings
+from dispatcher.shadow import Shadow
+from dispatcher.shadow_text import as_text
 from dispatcher.telemetry.logging import Log, configure_logging
 from dispatcher.telemetry.metrics import serve_metrics
 
 
 def configure_dispatcher(parser: argparse.ArgumentParser) -> None:
-    """Flags of `flexlb dispatcher`: one per setting."""
+    """Flags of `flexlb dispatcher`: one per setting, and those of a shadow."""
+    shadow = parser.add_argument_group("shadow", "decide beside the live leader, changing nothing")
+    shadow.add_argument(
+        "--shadow", action="store_true", help="lead never, write nothing, tell where it would differ"
+    )
+    shadow.add_argument(
+        "--shadow-every",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="a line in the log for so many comparisons (default 1000)",
+    )
+    shadow.add_argument("--json", action="store_true", help="at its end, print what was found as JSON")
     add_flags(parser, DispatcherSettings)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, seen {text}")
+    return value
 
 
 async def run_dispatcher(options: argparse.Namespace) -> int:
@@ -38,6 +60,10 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
     configure_logging(settings.log_level)
     log = Log(process="dispatcher", pool=settings.pool, host=socket.gethostname(), pid=os.getpid())
     registry = CollectorRegistry()
+    if options.shadow:
+        return await _run_shadow(settings, options, registry, log)
+    if options.json:
+        raise SettingsError("--json: expected with --shadow only; a dispatcher tells by /metrics and /health")
     dispatcher = Dispatcher(
         settings,
         redis=lambda: connect_redis(settings.redis, access=settings.redis_access),
@@ -55,17 +81,53 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
         fixed=NEEDS_RESTART,
         take=dispatcher.renew,
     )
+    await _serve(dispatcher, settings, registry, log, name="dispatcher")
+    return 0
+
+
+async def _run_shadow(
+    settings: DispatcherSettings, options: argparse.Namespace, registry: CollectorRegistry, log: Log
+) -> int:
+    """Follow the leader until SIGTERM or SIGINT, then tell what was found."""
+    shadow = Shadow(
+        settings,
+        redis=lambda: connect_redis(settings.redis, access=settings.redis_access),
+        kafka=connect_kafka(settings.kafka, settings.kafka_access),
+        clock=Clock(),
+        rng=random.Random(settings.seed or None),
+        registry=registry,
+        log=log,
+        every=options.shadow_every,
+    )
+    await _serve(shadow, settings, registry, log, name="shadow")
+    found = shadow.summary()
+    if options.json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        print(as_text(found))
+    return 0
+
+
+async def _serve(
+    process: Dispatcher | Shadow,
+    settings: DispatcherSettings,
+    registry: CollectorRegistry,
+    log: Log,
+    *,
+    name: str,
+) -> None:
+    """Run until SIGTERM or SIGINT, and show metrics meanwhile."""
     try:
         page, port = await serve_metrics(
-            registry, settings.metrics_host, settings.metrics_port, dispatcher.health
+            registry, settings.metrics_host, settings.metrics_port, process.health
         )
     except OSError as error:
         raise SettingsError(
             f"--metrics-port: expected a free port on {settings.metrics_host}, seen {settings.metrics_port}: "
             f"{error.strerror or error}; choose another or 0 for any"
         ) from None
-    log.info("dispatcher ready", metrics=f"http://{settings.metrics_host}:{port}/metrics")
-    running = asyncio.create_task(dispatcher.run())
+    log.info(f"{name} ready", metrics=f"http://{settings.metrics_host}:{port}/metrics")
+    running = asyncio.create_task(process.run())
     loop = asyncio.get_running_loop()
 
     def end() -> None:
@@ -78,10 +140,9 @@ async def run_dispatcher(options: argparse.Namespace) -> int:
     try:
         await running
     except asyncio.CancelledError:
-        log.info("dispatcher stopped")
+        log.info(f"{name} stopped")
     finally:
         await page.cleanup()
-    return 0
 
 
 def configure_init(parser: argparse.ArgumentParser) -> None:

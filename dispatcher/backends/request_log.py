@@ -117,6 +117,11 @@ class RequestLog:
         """
         return await _ends(self._consumer, list(self._lanes))
 
+    async def log_ends(self) -> dict[str, int]:
+        """The same by source, to be sought."""
+        ends = await self.ends()
+        return {source_of(self._lanes[tp], tp.partition): end for tp, end in ends.items()}
+
     async def has_read(self, ends: Ends) -> bool:
         """Whether `read` has returned everything below `ends`."""
         return await _has_read(self._consumer, ends)

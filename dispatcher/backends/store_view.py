@@ -365,6 +365,29 @@ class StoreView:
         (fields,) = await self._job_fields([self.names.job(job)])
         return _stored_job(job, "", fields, claimed=False)
 
+    async def job_ids(self, nodes: Sequence[str]) -> dict[str, list[str]]:
+        """The jobs at each node, read in the order in which they move on: none is missed."""
+        found = await self._ask_each([call for node in nodes for call in self._places(node)], "jobs")
+        ids = {}
+        for at, node in enumerate(nodes):
+            mine = f"{self.names.queue(node)}--".encode()
+            jobs = (job for place in found[3 * at : 3 * at + 3] for job in place or ())
+            ids[node] = [
+                job.decode() for job in dict.fromkeys(jobs) if job.startswith(mine) and job.isascii()
+            ]
+        return ids
+
+    async def stored_jobs(self, jobs: Sequence[str]) -> list[StoredJob]:
+        """These jobs, without those that are gone or can't be read."""
+        fields = await self._job_fields([self.names.job(job) for job in jobs])
+        found = []
+        for job, stored in zip(jobs, fields, strict=True):
+            node = job.removeprefix(f"{self.names.pool}--").partition("--")[0]
+            read = _stored_job(job, node, stored, claimed=False)
+            if read is not None:
+                found.append(read)
+        return found
+
     async def failed_attempts(self, job: str) -> list[bytes]:
         """A job's earlier failed attempts, oldest first, encoded; [] when its hash does not exist."""
         (found,) = await self._ask_each([(_FIELDS, self.names.job(job), ["attempts"])], "failed attempts")

@@ -7,6 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from dispatcher.protocol.outcome import OutcomeKind, Reason, Timing, Usage
+from dispatcher.scheduling.fleet import Fleet
 from dispatcher.services.publication import ReadyEnding
 from dispatcher.services.state import LeaderState
 
@@ -71,9 +72,15 @@ def _learn(state: LeaderState, line: _Line) -> None:
         state.log.info("node trusted again", node=node.name)
     if node is not None:
         node.answers.observe(usage.completion_tokens)
-    if node is not None and line.timing.prefill_us:
+    learn_speed(state.fleet, line.node, usage, line.timing.prefill_us)
+
+
+def learn_speed(fleet: Fleet, node: str, usage: Usage, prefill_us: int) -> None:
+    """Learn from how long a prompt took a node; 0 when that can't be told."""
+    known = fleet.nodes.get(node)
+    if known is not None and prefill_us:
         uncached = usage.prompt_tokens - usage.cached_tokens
-        node.predictor.observe(uncached, usage.cached_tokens, line.timing.prefill_us / 1e6)
+        known.predictor.observe(uncached, usage.cached_tokens, prefill_us / 1e6)
 
 
 def _known(text: str, kind: type[StrEnum]) -> str:

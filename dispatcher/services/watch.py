@@ -7,11 +7,11 @@ The guard acts for the leader only: it admits nodes, fences the silent ones and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.leader_store import LeaderStore
-from dispatcher.backends.store_view import Placed, StoredNode, StoreView, stream_order
+from dispatcher.backends.store_view import Placed, StoredNode, StoreView, StreamEntry, stream_order
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Ref
@@ -44,6 +44,8 @@ class FleetMirror:
         self.changed: set[str] = set()
         self.left: set[str] = set()
         self.lost_cordons: dict[str, Wish] = {}
+        self.before: Callable[[Sequence[StreamEntry]], Awaitable[None]] | None = None
+        """What wants to know of entries before they count."""
         self._generation = ""
         self._cordons_changed = False
         self._unknown: set[str] = set()
@@ -66,6 +68,8 @@ class FleetMirror:
             entries = await self._view.read_stream(
                 self._view.names.reports, self._cursor, block_ms=block_ms, count=READ_COUNT
             )
+            if self.before is not None:
+                await self.before(entries)
             for entry in entries:
                 self._cursor = entry.id
                 self._apply(entry.text("kind"), entry.fields.get(b"body", b""))

@@ -171,6 +171,41 @@ class DispatcherMetrics:
         self.foreign = Counter("flexlb_foreign_entries", "Entries of other makers refused", registry=registry)
 
 
+class ShadowMetrics:
+    """What a shadow counts: how its decisions compare with the leader's."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.decisions = Counter(
+            "flexlb_shadow_decisions",
+            "Decisions of the leader, by what the shadow's beside them came to",
+            ["verdict"],
+            registry=registry,
+        )
+        self.would_wait = Counter(
+            "flexlb_shadow_would_wait",
+            "Decisions that the shadow would have put off for its node to have room",
+            registry=registry,
+        )
+        self.ttft_s = Histogram(
+            "flexlb_shadow_predicted_ttft_seconds",
+            "Predicted time to the first token by the shadow's model: of its own choice, of the leader's",
+            ["choice"],
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self.unseen = Counter(
+            "flexlb_shadow_unseen",
+            "Requests that began and ended between two looks: not compared",
+            registry=registry,
+        )
+        self.records = Counter(
+            "flexlb_shadow_records",
+            "Records read, by the shadow's own admission",
+            ["decision"],
+            registry=registry,
+        )
+
+
 async def serve_metrics(
     registry: CollectorRegistry, host: str, port: int, health: Callable[[], dict[str, object]]
 ) -> tuple[web.AppRunner, int]:

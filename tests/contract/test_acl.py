@@ -41,7 +41,7 @@ from tests.support.wait import wait_until
 SAMPLE = files("dispatcher") / "deploy" / "redis-acl.conf"
 NODE, OTHER = "gpu-17", "gpu-18"
 DISPATCHER, AGENT, READER = "flexlb-dispatcher", f"flexlb-agent-{NODE}", "flexlb-reader"
-OPERATOR, RQ_WORKER = "flexlb-operator", f"flexlb-rq-{NODE}"
+OPERATOR, SHADOW, RQ_WORKER = "flexlb-operator", "flexlb-shadow", f"flexlb-rq-{NODE}"
 PASSWORD = "hush"
 NOW_ISO = "2027-01-15T08:00:00.000000Z"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from aiokafka.errors import (
     TransactionalIdAuthorizationFailed,
 )
 from aiokafka.structs import TopicPartition
+from prometheus_client import CollectorRegistry
 
 from dispatcher.backends.access import KafkaAccess
-from dispatcher.backends.connect import KafkaClients, connect_kafka
+from dispatcher.backends.clock import Clock
+from dispatcher.backends.connect import KafkaClients, connect_kafka, connect_redis
 from dispatcher.client.client import Client
 from dispatcher.client.reader import TextAdded
 from dispatcher.local.apache_kafka import ApacheKafka
@@ -22,6 +25,8 @@ from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.protocol.outcome import OutcomeKind
 from dispatcher.protocol.request import INLINE_BODY_BYTES, Endpoint
+from dispatcher.shadow import Shadow
+from dispatcher.telemetry.logging import Log
 from tests.contract.test_agent import HeldEngine, running_agent
 from tests.support.kafka_acls import allow, documented
 from tests.support.pool import MODEL, Pool
@@ -31,7 +36,7 @@ from tests.support.wait import wait_until
 pytestmark = pytest.mark.kafka
 
 ADMIN = "admin"
-PRINCIPALS = ("dispatcher", "agent", "frontend")
+PRINCIPALS = ("dispatcher", "agent", "frontend", "shadow")
 MODULE = "org.apache.kafka.common.security.plain.PlainLoginModule"
 
 
@@ -127,6 +132,29 @@ async def test_the_documented_acls_are_enough_for_a_pool_and_allow_an_agent_no_a
             await wait_until(lambda: len(one.dead) == 1, "its dead letter")
             assert dispatcher.metrics.elections._value.get() == 1
             assert dispatcher.metrics.log_errors._value.get() == 0
+        shadow = Shadow(
+            one.settings,
+            redis=lambda: connect_redis(valkey.url),
+            kafka=login(guarded, "shadow"),
+            clock=Clock(),
+            rng=random.Random(1),
+            registry=CollectorRegistry(),
+            log=Log(),
+            every=1,
+        )
+        held = HeldEngine()
+        async with (
+            one.running(one.dispatcher(kafka=login(guarded, "dispatcher"))),
+            running_agent(one, held, kafka=login(guarded, "agent")),
+            one.running(shadow),
+            Client(login(guarded, "frontend"), pool) as client,
+        ):
+            await wait_until(lambda: shadow.ledger.is_primed, "the shadow to follow")
+            id = await client.submit(MODEL, Endpoint.COMPLETIONS, {"prompt": "x", "max_tokens": 4}, id="seen")
+            await wait_until(lambda: shadow.summary().compared == 1, "its comparison")
+            held.go_on.set()
+            assert (await client.outcome(id)).kind is OutcomeKind.COMPLETED
+            await wait_until(lambda: shadow.summary().measured.count == 1, "the outcome in the shadow")
         # A second leader reads outcomes and the committed marks.
         async with one.running(one.dispatcher(kafka=login(guarded, "dispatcher"))) as second:
             await wait_until(lambda: second.state is not None and bool(second.state.progress), "it to lead")
@@ -140,6 +168,8 @@ async def test_the_documented_acls_are_enough_for_a_pool_and_allow_an_agent_no_a
             names.bodies,
             names.cancels,
         ]
+        for topic in names.topics:
+            assert not await may_write(login(guarded, "shadow"), topic), topic
         assert await may_read(admin, names.dead)
         assert await may_read(login(guarded, "dispatcher"), names.cancels)
         for user in (agent, frontend):

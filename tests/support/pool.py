@@ -57,6 +57,8 @@ def request(id: str, **fields: Any) -> dict[str, Any]:
 class ScriptedNode:
     """A node whose agent is this test."""
 
+    holds = False
+
     def __init__(self, pool: Pool, name: str, **identity: Any) -> None:
         self.name = name
         self.incarnation = uuid.uuid4().hex
@@ -65,7 +67,6 @@ class ScriptedNode:
         )
         self.claimed: list[Claimed] = []
         self.works: list[Work] = []
-        self.holds = False
         self.hears = asyncio.Event()
         self.hears.set()
         self.answer = ""

@@ -17,7 +17,7 @@ from prometheus_client.core import Metric
 from dispatcher.frontend.metrics import FrontendMetrics
 from dispatcher.simulation.engine import EngineModel
 from dispatcher.simulation.profiles import PROFILES
-from dispatcher.telemetry.metrics import DispatcherMetrics
+from dispatcher.telemetry.metrics import DispatcherMetrics, ShadowMetrics
 from workers_agent.metrics import AgentMetrics
 from workers_agent.simulator.engine_metrics import EngineMetrics
 
@@ -52,6 +52,7 @@ def all_exposed() -> dict[str, str]:
     """What the processes of FlexLB expose."""
     dispatcher, agent, frontend = CollectorRegistry(), CollectorRegistry(), CollectorRegistry()
     DispatcherMetrics(dispatcher)
+    ShadowMetrics(dispatcher)
     AgentMetrics(agent)
     FrontendMetrics(frontend)
     engine = EngineMetrics(EngineModel(PROFILES["test"]), "sim", 1.0).registry
