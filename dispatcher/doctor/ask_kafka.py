@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.protocol.admin import ApiVersionRequest
 
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
+from dispatcher.backends.open_transactions import transactional_id_at
 from dispatcher.backends.stable_ends import stable_ends
 from dispatcher.doctor.facts import ClockReading, HeldUp, KafkaFacts, Probe, TopicFacts
 from dispatcher.errors import LogUnavailable
@@ -73,11 +74,39 @@ async def _held_up(kafka: KafkaClients, topic: str) -> tuple[HeldUp, ...] | None
         after = await stable_ends(kafka, topic)
     except LogUnavailable:
         return None
-    return tuple(
-        HeldUp(partition=partition, offset=one.stable, behind=one.end - one.stable)
+    held = {
+        partition: one
         for partition, one in sorted(after.items())
         if one.stable < one.end and partition in before and before[partition].stable == one.stable
+    }
+    whose = await _whose(kafka, topic, {partition: one.stable for partition, one in held.items()})
+    return tuple(
+        HeldUp(
+            partition=partition,
+            offset=one.stable,
+            behind=one.end - one.stable,
+            transactional_id=whose.get(partition),
+        )
+        for partition, one in held.items()
     )
+
+
+async def _whose(kafka: KafkaClients, topic: str, offsets: Mapping[int, int]) -> dict[int, str | None]:
+    """The transactional ids of what is open since these offsets, by partition; none where Kafka is silent."""
+    if not offsets:
+        return {}
+    admin = kafka.admin(request_timeout_ms=int(TIMEOUT_S * 1000))
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await admin.start()
+            return {
+                partition: await transactional_id_at(admin, topic, partition, offset)
+                for partition, offset in offsets.items()
+            }
+    except (KafkaError, OSError, TimeoutError):
+        return {}
+    finally:
+        await admin.close()
 
 
 def _in_words(error: BaseException) -> str:

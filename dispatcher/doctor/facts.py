@@ -56,11 +56,15 @@ class TopicFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldUp:
-    """A partition whose readers of committed records are held up at `offset`, by an open transaction."""
+    """A partition whose readers of committed records are held up at `offset`, by an open transaction.
+
+    `transactional_id` is whose that is: "" of nobody that Kafka names, None where Kafka does not tell.
+    """
 
     partition: int
     offset: int
     behind: int
+    transactional_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

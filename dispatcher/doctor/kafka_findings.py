@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 
 from dispatcher.doctor.clock_findings import clock_finding
-from dispatcher.doctor.facts import Finding, KafkaFacts, Needs, Status, TopicFacts
+from dispatcher.doctor.facts import Finding, HeldUp, KafkaFacts, Needs, Status, TopicFacts
 
 FETCH, INIT_PRODUCER_ID, TXN_OFFSET_COMMIT = 1, 22, 28
 VERSIONS = ((18, "4.1"), (17, "3.9"), (16, "3.7"), (15, "3.5"), (13, "3.1"), (12, "2.7"), (11, "2.3"))
@@ -275,18 +276,38 @@ def _held_up(facts: KafkaFacts, needs: Needs) -> list[Finding]:
         return [Finding(check=check, status=Status.UNKNOWN, found=f"the ends of {topic} are not told")]
     if not facts.held_up:
         return [Finding(check=check, status=Status.OK, found="no transaction holds up readers of outcomes")]
-    tool = f"kafka-transactions.sh --bootstrap-server {facts.bootstrap}"
     return [
         Finding(
             check=check,
             status=Status.FAIL,
-            found=f"{topic}[{one.partition}]: a transaction that is open since offset {one.offset} holds up "
-            f"{one.behind} records: nobody who reads committed records gets those",
-            fix=f"see whose it is: {tool} describe-producers --topic {topic} --partition {one.partition}; "
-            f"then: {tool} abort --topic {topic} --partition {one.partition} --start-offset {one.offset}",
+            found=f"{topic}[{one.partition}]: a transaction {_of_whom(one)}, open since offset {one.offset}, "
+            f"holds up {one.behind} records: nobody who reads committed records gets those",
+            fix=_end_it(facts, topic, one),
         )
         for one in facts.held_up
     ]
+
+
+def _of_whom(held: HeldUp) -> str:
+    if held.transactional_id:
+        return f"of transactional id {held.transactional_id!r}"
+    return "of nobody that Kafka names" if held.transactional_id == "" else "of somebody"
+
+
+def _end_it(facts: KafkaFacts, topic: str, held: HeldUp) -> str:
+    """The command that ends a transaction; by its id its producer is fenced too."""
+    tool = f"kafka-transactions.sh --bootstrap-server {facts.bootstrap}"
+    place = f"--topic {topic} --partition {held.partition}"
+    abort = f"{tool} abort {place} --start-offset {held.offset}"
+    if held.transactional_id:
+        by_id = f"--transactionalId {shlex.quote(held.transactional_id)}"
+        return (
+            f"{tool} forceTerminateTransaction {by_id}, which fences its producer too (Kafka 4.1); with "
+            f"older tools: {abort}, after which a producer that lives may go on"
+        )
+    if held.transactional_id == "":
+        return abort
+    return f"see whose it is: {tool} describe-producers {place}; then: {abort}"
 
 
 def _number(config: Mapping[str, str], key: str) -> int | None:

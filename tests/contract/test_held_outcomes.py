@@ -62,10 +62,13 @@ async def test_an_open_transaction_is_told_with_its_offset_until_it_ends(
             ends = await stable_ends(kafka_clients, one.names.outcomes)
             assert ends[1] == StableEnd(stable=lies.offset, end=lies.offset + 1)
             facts = await ask_kafka(kafka_clients, one.names, bootstrap=kafka.bootstrap, probe=False)
-            assert facts.held_up == (HeldUp(partition=1, offset=lies.offset, behind=1),)
+            assert facts.held_up == (
+                HeldUp(partition=1, offset=lies.offset, behind=1, transactional_id=f"stranger-{pool}"),
+            )
             ((status, found, fix),) = await findings(kafka, one.names)
             assert status is Status.FAIL
-            assert f"{one.names.outcomes}[1]" in found
+            assert f"{one.names.outcomes}[1]: a transaction of transactional id 'stranger-{pool}'" in found
+            assert f"forceTerminateTransaction --transactionalId stranger-{pool}" in fix
             assert f"abort --topic {one.names.outcomes} --partition 1 --start-offset {lies.offset}" in fix
             await stranger.abort_transaction()
             await stranger.stop()

@@ -18,6 +18,7 @@ from dispatcher.doctor.command import as_text, exit_code, needs_of
 from dispatcher.doctor.facts import (
     ClockReading,
     Finding,
+    HeldUp,
     KafkaFacts,
     NodeFacts,
     PoolFacts,
@@ -453,3 +454,26 @@ def test_text_gathers_topics_with_the_same_fault_and_the_same_fix() -> None:
     unlike = [alike[0], replace(alike[1], found="b: lost")]
     assert "a: lone" in as_text(unlike, colour=False)
     assert "b: lost" in as_text(unlike, colour=False)
+
+
+@pytest.mark.parametrize(
+    ("transactional_id", "found", "fix"),
+    [
+        ("it's theirs", 'of transactional id "it\'s theirs"', "--transactionalId 'it'\"'\"'s theirs', which"),
+        ("", "of nobody that Kafka names", "kafka-transactions.sh --bootstrap-server k:9092 abort"),
+        (None, "of somebody", "describe-producers --topic flexlb.p.outcomes --partition 2; then"),
+    ],
+)
+def test_an_open_transaction_is_told_with_whose_it_is_as_far_as_known(
+    transactional_id: str | None, found: str, fix: str
+) -> None:
+    held = HeldUp(partition=2, offset=7, behind=3, transactional_id=transactional_id)
+    (finding,) = [
+        one
+        for one in kafka_findings(replace(KAFKA, held_up=(held,)), NEEDS)
+        if one.check == "kafka open transactions"
+    ]
+    assert finding.status is Status.FAIL
+    assert f"flexlb.p.outcomes[2]: a transaction {found}, open since offset 7, holds up 3" in finding.found
+    assert fix in finding.fix
+    assert "abort --topic flexlb.p.outcomes --partition 2 --start-offset 7" in finding.fix
