@@ -12,10 +12,26 @@ import sys
 from pathlib import Path
 
 from dispatcher.errors import SettingsError
-from tests.bench import ablation, cancel, explain, failover, hops, latency, scheduling, soak, tuning
+from tests.bench import (
+    ablation,
+    cancel,
+    decision,
+    explain,
+    failover,
+    hops,
+    latency,
+    leader,
+    lifecycle,
+    scheduling,
+    soak,
+    tuning,
+)
 from tests.bench.machine import describe_machine
 
 BENCHES = {
+    "decision": decision.run,
+    "leader": leader.run,
+    "lifecycle": lifecycle.run,
     "latency": latency.run,
     "hops": hops.run,
     "explain": explain.run,
