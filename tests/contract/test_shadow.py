@@ -43,20 +43,23 @@ class TellingNode(ScriptedNode):
     """A node that holds what it claimed and tells of it at once, as agents do."""
 
     holds = True
+    to_compute_tokens = 0
+    """What it has to compute, as it tells."""
 
     async def claim(self, limit: int) -> None:
         """Take what is queued, and report."""
         await super().claim(limit)
-        await self._tell()
+        await self.tell()
 
     async def _beat(self) -> None:
         while True:
-            await self._tell()
+            await self.tell()
             held = [job.job for job in self.claimed]
             await self.store.extend(self.incarnation, held, now_iso=Clock().now_iso())
             await asyncio.sleep(0.3)
 
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
+        """Report."""
         self._sequence += 1
         await self.store.report(
             NodeReport(
@@ -64,6 +67,7 @@ class TellingNode(ScriptedNode):
                 incarnation=self.incarnation,
                 sequence=self._sequence,
                 running=len(self.claimed),
+                queued_uncached_tokens=self.to_compute_tokens if self.claimed else 0,
                 seen_seq=max((job.seq for job in self.claimed), default=0),
             )
         )
@@ -144,6 +148,29 @@ async def test_the_same_scheduler_as_its_shadow_decides_the_same(
             for number in range(12):
                 await one.outcome(f"r{number}")
             await wait_until(lambda: not shadow.ledger.held, "the endings")
+
+
+async def test_a_request_is_judged_on_a_node_that_does_not_have_it_yet(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    """The first that it may hear of it is that its node is busy with it, which the leader did not know."""
+    async with Pool(kafka_clients, valkey.url, pool) as one, holding_pool(one) as nodes:
+        for node in nodes:
+            node.to_compute_tokens = 50_000
+        shadow = shadow_of(one)
+        async with one.running(shadow):
+            await following(shadow, 3)
+            for number in range(3):
+                # The others are idle, so that no node is chosen twice.
+                await one.append(prompt(number))
+                await compared(shadow, number + 1)
+            found = shadow.summary()
+            assert set(found.verdicts) <= {"same", "near_tie"}, found
+            assert found.leader_ttft.p99_ms < 100
+            fleet = shadow.mirror.fleet.nodes.values()
+            await wait_until(
+                lambda: all(node.queued_tokens >= 50_000 for node in fleet), "the reports to count after all"
+            )
 
 
 async def test_looks_that_overlap_compare_nothing_twice(
