@@ -1,7 +1,10 @@
-"""From a Kafka append to an engine that has the request, on an idle system of real processes.
+"""From a Kafka append to who runs the request: on an idle system, and by rate with many light nodes.
 
-The clock starts before the producer's `send` and stops when the engine's HTTP server has read the
-request, so that producing, intake, assign, claim and the HTTP call are all inside.
+Idle, of real processes: the clock starts before the producer's `send` and stops when the engine's HTTP server
+has read the request, so that producing, intake, assign, claim and the HTTP call are all inside.
+
+By rate, open loop, on Apache Kafka: from the broker's append time to the claim's answer in a node's hands, in
+whole milliseconds. Rates rise until one is not held.
 """
 
 from __future__ import annotations
@@ -17,10 +20,16 @@ from aiohttp import web
 from dispatcher.backends.connect import connect_kafka
 from dispatcher.local.stack import LocalStack, StackSettings
 from dispatcher.protocol.names import Lane
-from tests.bench.machine import percentile
+from tests.bench.machine import load_average, percentile
+from tests.bench.open_loop import OpenLoop
+from tests.bench.pool import Pool
 
 REQUESTS = 300
 WARM_UP = 30
+FLEETS = (100, 1000, 1250)
+RATES = (50.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0)
+RATE_S = 4.0
+TARGETS = {"5000": {"p50_ms": 5, "p99_ms": 20}, "10000": {"p99_ms": 40}}
 MEAN_GAP_S = 0.05
 
 
@@ -72,7 +81,29 @@ async def run() -> dict[str, Any]:
         row = result[title]
         assert isinstance(row, dict)
         print(f"{title:28} " + " ".join(f"{row[key]:8.2f}" for key in ("p50", "p90", "p99", "max")))
-    return result
+    return {**result, "load_average": load_average(), "by_nodes": await _by_rate(), "targets": TARGETS}
+
+
+async def _by_rate() -> dict[str, Any]:
+    """Runs by number of nodes, then by rate."""
+    fleets: dict[str, Any] = {}
+    print(f"{'nodes':>6} {'rate':>7} {'held':>5} {'p50 ms':>7} {'p99 ms':>7} {'dispatcher us':>13}")
+    async with Pool(("--heartbeat-ttl-s", "30", "--log-level", "WARNING")) as pool:
+        await pool.start_dispatcher()
+        async with OpenLoop(pool, FLEETS[-1]) as loop:
+            for nodes in FLEETS:
+                await pool.start_nodes(nodes, "--views", "--drain", of=FLEETS[-1])
+                rows = fleets[str(nodes)] = {}
+                for rate in RATES:
+                    told = rows[f"{rate:.0f}"] = (await loop.run(rate, RATE_S)).told()
+                    print(
+                        f"{nodes:6} {rate:7.0f} {'yes' if told['held'] else 'no':>5} {told['p50_ms']:7} "
+                        f"{told['p99_ms']:7} {told['cpu_us']['dispatcher']:13.1f}",
+                        flush=True,
+                    )
+                    if not told["held"]:
+                        break
+    return fleets
 
 
 async def _ok() -> web.Response:
