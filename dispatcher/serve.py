@@ -99,6 +99,10 @@ async def _run_shadow(
         log=log,
         every=options.shadow_every,
     )
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGHUP,
+        lambda: log.warning("a shadow keeps its settings", fix="start another with the new ones"),
+    )
     await _serve(shadow, settings, registry, log, name="shadow")
     found = shadow.summary()
     if options.json:

@@ -12,6 +12,8 @@ from dispatcher.protocol.explanation import Bar, Candidate, Doubt, Explanation, 
 from dispatcher.protocol.handoff import Stage
 
 WIDTH = 110
+WORTH_TELLING_MS = 10
+"""One that waited less in the window was not held up by its turn."""
 RULES = {
     Rule.LEAST_COST: "the least cost, no other near it",
     Rule.MOST_CACHED: "of the near ties, the one that holds most of the prompt",
@@ -115,7 +117,7 @@ def _waited(one: Explanation) -> str:
     parts = [f"{_s(one.waited_ms)} since its append"]
     if one.read_ms:
         parts.append(f"{_s(one.read_ms)} of it until it came into the window")
-    if one.put_off_ms and one.waited_ms > one.read_ms:
+    if one.put_off_ms and one.waited_ms - one.read_ms >= WORTH_TELLING_MS:
         parts.append(f"its turn {_s(one.put_off_ms)} later for its size")
     if one.busy_rounds:
         parts.append(

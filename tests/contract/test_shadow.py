@@ -339,6 +339,8 @@ async def test_the_command_tells_what_it_found_and_leaves_the_leader_alone(
         reading = asyncio.create_task(read())
         try:
             await wait_until(lambda: any(one["event"] == "shadow follows" for one in lines), "it to follow")
+            command.send_signal(signal.SIGHUP)
+            await wait_until(lambda: any("keeps its settings" in one["event"] for one in lines), "its answer")
             for number in range(4):
                 await one.append(prompt(number))
             await wait_until(lambda: sum(one["event"] == "shadow" for one in lines) == 2, "two lines")

@@ -445,6 +445,10 @@ def test_the_text_tells_everything_in_lines_that_fit() -> None:
     ]
 
 
+def test_a_turn_that_held_nobody_up_is_not_told() -> None:
+    assert "later for its size" not in as_text(explanation(waited_ms=12, read_ms=9))
+
+
 def test_every_rule_reason_and_doubt_has_words() -> None:
     assert set(RULES) == set(Rule)
     assert set(BARS) == set(Bar)
