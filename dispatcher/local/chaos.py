@@ -92,7 +92,7 @@ kinds of fault:
   stall-, fail-, slow-, crash-engine   answers fall silent, fail, take 20 times as long, or kill it half-way
   lose-redis     kill -9, and all its data is deleted
   refuse-redis   every connection closed, new ones refused
-  failover-redis   kill -9; Sentinels promote the replica, which misses the last writes in half of the cases
+  failover-redis   kill -9; Sentinels promote the replica, which misses the last writes every other time
   slow-disk-*    each write to the append-only file, or to a topic's segment, takes long; needs strace
   cut-*, slow-*  the network between an agent or dispatcher and Redis is silent, or adds 0.1 s each way
 {KINDS}

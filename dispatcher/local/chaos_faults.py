@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -43,7 +44,7 @@ VOTE_AFTER_MS = DOWN_AFTER_MS
 PATIENCE_MS = 60_000
 """...and in all other faults, which would be failovers too."""
 MISSED_S = 0.5
-"""For how long a replica is behind in half of the failovers."""
+"""For how long a replica is behind in every other failover, the first one too."""
 SLOW_AOF_WRITES_S = (0.3, 1.5)
 SLOW_AOF_SYNC_S = 2.5
 """Longer than the 2 s for which Valkey holds back its writes while a sync is under way."""
@@ -76,6 +77,7 @@ class Chaos:
         self._tell = tell
         self._struck = struck
         self._held: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._failovers = itertools.count()
 
     async def do(self, fault: PlannedFault) -> None:
         """Do one fault, and undo it."""
@@ -247,7 +249,7 @@ class Chaos:
         async with self._held[REDIS]:
             await redis.until_healthy()
             primary, replica = await redis.primary(), await redis.replica()
-            is_behind = fault.draw < 0.5
+            is_behind = next(self._failovers) % 2 == 0
             if is_behind:
                 await detach(replica)
                 await asyncio.sleep(MISSED_S)
