@@ -129,7 +129,7 @@ class Failures:
             The attempt and its request; None for one to be mended, which this leader does not know, and whose
             job is gone or can't be read.
         Raises:
-            ValueError: it is not ours.
+            ValueError: it is not ours, or of a record that is yet to be appended.
         """
         state = self._state
         ref, job = Ref.parse(entry.text("ref")), JobId.parse(entry.text("job"))
@@ -143,6 +143,8 @@ class Failures:
         if bound is None and state.is_unfinished(str(ref)):
             # It waits or runs elsewhere, whoever put this attempt's id back.
             return ReadyEnding(entry=entry.id, ref=ref, id="", publication=None, job_to_delete=str(job))
+        if bound is None and not state.progress_of(ref).is_known(ref.offset):
+            raise codec.MalformedRecord(f"closing: job {job} is of a record that nobody has read")
         return job, bound
 
     def to_mend(self, ref: Ref) -> None:

@@ -599,3 +599,35 @@ async def test_an_id_without_a_job_that_is_no_attempt_of_its_request_changes_not
             assert (await one.outcome("r1")).kind is OutcomeKind.COMPLETED
             assert leader.metrics.mended.labels("run_again")._value.get() == 0
             assert len(one.of("r1")) == 1
+
+
+@pytest.mark.kafka
+async def test_an_attempt_of_a_record_that_is_yet_to_be_appended_is_dropped(
+    kafka_clients: KafkaClients, valkey: ValkeyServer, pool: str
+) -> None:
+    """Who may write a node's keys can name any ref; a new leader knows nothing of it."""
+    async with patient(kafka_clients, valkey, pool) as one, one.running(ScriptedNode(one, "n1")):
+        async with one.running(one.dispatcher()):
+            await one.append_many([json.dumps(request("r1")).encode()])
+            await one.outcome("r1")
+        job = JobId(pool, "n1", Ref.parse("i0_1"), Attempt(1, 1))
+        failed = FailedAttempt(attempt="1_1", node="n1", cause=FailureCause.LEASE_EXPIRED)
+        entry = {
+            "kind": "released",
+            "ref": "i0_1",
+            "id": "",
+            "job": str(job),
+            "payload": codec.encode(failed),
+        }
+        await one.redis.xadd(one.names.closing, entry)
+        async with one.running(one.dispatcher()) as second:
+
+            async def is_dropped() -> bool:
+                return not await one.redis.xlen(one.names.closing)
+
+            await wait_until(is_dropped, "the leader to drop it")
+            assert not await one.redis.keys(f"{one.names.prefix}pending*")
+            await one.append_many([json.dumps(request("r2")).encode()])
+            assert (await one.outcome("r2")).ref == "i0_1"
+            assert second.metrics.mended.labels("run_again")._value.get() == 0
+            assert len(one.of("r2")) == 1
