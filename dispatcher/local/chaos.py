@@ -19,7 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +56,8 @@ from dispatcher.local.redis_network import RedisNetwork
 from dispatcher.local.slow_disk import why_no_slow_disk
 from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
 
-PATIENCE_S = 120.0
-"""How long answers are waited for after the last request."""
+PATIENCE_S = 60.0
+"""After the last request answers are waited for until none came for so long: a backlog is no loss."""
 SETTLE_S = 20.0
 LATE_S = 0.25
 RESEND_PAUSE_S = 0.2
@@ -348,11 +348,10 @@ class _Run:
                 breaking = group.create_task(self._break())
                 waiting = await self._load(client, seconds, breaking)
                 await breaking
-                if waiting:
-                    _, missing = await asyncio.wait(waiting, timeout=PATIENCE_S)
-                    for task in missing:
-                        task.cancel()
-                    await asyncio.gather(*missing, return_exceptions=True)
+                missing = await until_silent(waiting, PATIENCE_S)
+                for task in missing:
+                    task.cancel()
+                await asyncio.gather(*missing, return_exceptions=True)
                 for task in aside:
                     task.cancel()
         self.until_s = time.monotonic()
@@ -458,6 +457,15 @@ class _Run:
                 self._last_tell_s = time.monotonic()
                 _say(line)
             await asyncio.sleep(SHOW_EVERY_S)
+
+
+async def until_silent(waiting: Set[asyncio.Task[None]], silence_s: float) -> set[asyncio.Task[None]]:
+    """Wait for tasks until none ended for so long; returns those that did not."""
+    left = set(waiting)
+    done = left
+    while left and done:
+        done, left = await asyncio.wait(left, timeout=silence_s)
+    return left
 
 
 def machine() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dispatcher.audit import AuditResult, Finding
+from dispatcher.local.chaos import until_silent
 from dispatcher.local.chaos_report import (
     ChaosReport,
     DoneFault,
@@ -24,6 +26,7 @@ from dispatcher.local.chaos_report import (
     service_gaps,
 )
 from dispatcher.local.chaos_schedule import FaultKind
+from tests.support.sim.loop import run
 
 
 def sent(submitted_s: float, ended_s: float = math.inf, attempts: int = 1) -> Sent:
@@ -170,3 +173,16 @@ def test_the_words_name_each_kind_and_the_seed() -> None:
     words = as_text(report(audited(), [sent(0, 1), sent(4, 6)], seed=42))
     for word in ("kill-agent", "1,000", "2 Completed", "0 lost, 0 duplicated", "seed 42", "a machine"):
         assert word in words
+
+
+def test_answers_are_waited_for_as_long_as_some_come() -> None:
+    async def main() -> tuple[int, float]:
+        tasks = {asyncio.create_task(asyncio.sleep(after_s)) for after_s in (30, 80, 130, 500)}
+        left = await until_silent(tasks, 60)
+        ended_s = asyncio.get_running_loop().time()
+        for task in left:
+            task.cancel()
+        assert await until_silent(set(), 60) == set()
+        return len(left), ended_s
+
+    assert run(main()) == (1, 240.0)
