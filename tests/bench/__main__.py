@@ -15,6 +15,7 @@ from dispatcher.errors import SettingsError
 from tests.bench import (
     ablation,
     agent,
+    bodies,
     cancel,
     decision,
     explain,
@@ -43,6 +44,7 @@ BENCHES = {
     "registry": registry.run,
     "growth": growth.run,
     "load": load.run,
+    "bodies": bodies.run,
     "agent": agent.run,
     "replies": replies.run,
     "failover": failover.run,

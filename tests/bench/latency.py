@@ -27,7 +27,7 @@ from tests.bench.pool import Pool
 REQUESTS = 300
 WARM_UP = 30
 FLEETS = (100, 1000, 1250)
-RATES = (50.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0)
+RATES = (200.0, 1000.0, 2000.0, 5000.0, 10_000.0)
 RATE_S = 4.0
 TARGETS = {"5000": {"p50_ms": 5, "p99_ms": 20}, "10000": {"p99_ms": 40}}
 MEAN_GAP_S = 0.05

@@ -21,7 +21,7 @@ from tests.bench.pool import Pool
 
 HOLD_S = float(os.environ.get("FLEXLB_BENCH_HOLD_S", "20"))
 NODES = int(os.environ.get("FLEXLB_BENCH_NODES", "1250"))
-FLOOD_RATE, FLOOD_S = 4000.0, 5.0
+FLOOD_RATE, FLOOD_S = 4000.0, 3.0
 SHARES = (1.0, 0.8, 0.6, 0.45, 0.3)
 """Of what got through in the flood."""
 TARGET_PER_S = 8000.0

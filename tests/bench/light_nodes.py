@@ -32,6 +32,8 @@ from tests.bench.machine import cpu_s
 BELL_S = 30.0
 CLAIMED_AT_ONCE = 32
 REGISTERING = 64
+EVERYTHING = 1 << 40
+"""Above any assignment's number."""
 
 
 @dataclass
@@ -55,7 +57,15 @@ class LightNode:
     """One node."""
 
     def __init__(
-        self, number: int, store: NodeStore, stats: Stats, *, max_running: int, report_s: float, is_told: bool
+        self,
+        number: int,
+        store: NodeStore,
+        stats: Stats,
+        *,
+        max_running: int,
+        report_s: float,
+        is_told: bool,
+        seen: int = 0,
     ) -> None:
         self._number = number
         self._store = store
@@ -73,7 +83,7 @@ class LightNode:
         )
         self._generation = ""
         self._sequence = 0
-        self._seen = 0
+        self._seen = seen
         self._claims = 0
         self._blocks_sequence = 0
 
@@ -193,6 +203,7 @@ async def _serve(options: argparse.Namespace) -> None:
                 max_running=options.max_running,
                 report_s=options.report_s,
                 is_told=options.views,
+                seen=EVERYTHING if options.idle else 0,
             )
         )
     room = asyncio.Semaphore(REGISTERING)
@@ -261,6 +272,7 @@ def main() -> int:
     parser.add_argument("--report-s", type=float, default=1.0)
     parser.add_argument("--heartbeat-ttl-s", type=float, default=30.0)
     parser.add_argument("--views", action="store_true", help="tell of the blocks that each holds")
+    parser.add_argument("--idle", action="store_true", help="report all that is ever assigned as computed")
     parser.add_argument("--drain", action="store_true", help="claim and answer what is assigned")
     asyncio.run(_serve(parser.parse_args()))
     return 0

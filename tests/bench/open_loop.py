@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,16 +111,22 @@ class OpenLoop:
         marks = [await self._looker.committed(partition) for partition in self._partitions]
         return sum(mark or 0 for mark in marks)
 
-    async def run(self, rate: float, seconds: float) -> Run:
+    async def run(
+        self, rate: float, seconds: float, records: Sequence[tuple[bytes, bytes]] | None = None
+    ) -> Run:
         """Send at a rate for so long, then let everything end.
 
+        Args:
+            records: what to send, as many as the rate makes of the time; requests of `prompts` when absent.
         Raises:
             TimeoutError: it does not end.
         """
         run = Run(rate=rate, seconds=seconds)
         self._runs += 1
         count = int(rate * seconds)
-        records = [prompts.record(number, self._nodes, f"run{self._runs}") for number in range(count)]
+        if records is None:
+            records = [prompts.record(number, self._nodes, f"run{self._runs}") for number in range(count)]
+        assert len(records) == count, f"expected {count} records, seen {len(records)}"
         for light in self._pool.light:
             await light.ask("reset")
         before_sent, before, began_cpu = self.sent, await self.finished(), self._pool.cpu_s()
@@ -134,7 +140,7 @@ class OpenLoop:
             await asyncio.wait([looking])
         run.finished_per_s = (await self.finished() - before) / took_s
         run.cpu_us["producer"] = (time.process_time() - own) / count * 1e6
-        run.drained_s = await self._drain()
+        run.drained_s = await self.drain()
         used = self._pool.cpu_s()
         run.cpu_us |= {role: (used[role] - began_cpu[role]) / count * 1e6 for role in used}
         latency: list[tuple[int, int]] = []
@@ -144,7 +150,7 @@ class OpenLoop:
         run.sent = self.sent - before_sent
         return run
 
-    async def _send(self, producer: Any, records: list[tuple[bytes, bytes]], run: Run) -> None:
+    async def _send(self, producer: Any, records: Sequence[tuple[bytes, bytes]], run: Run) -> None:
         began_s, at = time.monotonic(), 0
         last = None
         while at < len(records):
@@ -165,7 +171,12 @@ class OpenLoop:
             run.backlog.append(sent - await self.finished())
             await asyncio.sleep(LOOK_S)
 
-    async def _drain(self) -> float:
+    async def drain(self) -> float:
+        """Wait until everything that was sent is finished; how long that took, seconds.
+
+        Raises:
+            TimeoutError: it does not end.
+        """
         began_s = time.monotonic()
         async with asyncio.timeout(DRAINED_S):
             while await self.finished() < self.sent:  # noqa: ASYNC110 - other processes are asked

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -20,6 +20,7 @@ import aiohttp
 
 from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.topics import create_topics
+from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.stack import HEALTH_TIMEOUT_S, LocalServers, Member, StackSettings, health
 from dispatcher.protocol.names import Lane, Names
 from tests.bench import prompts
@@ -198,16 +199,25 @@ class Pool:
             await producer.stop()
 
     async def preload(self, count: int, nodes: int, run: str) -> None:
-        """Append so many requests, in a transaction: readers see them all at once."""
+        """Append so many requests of `prompts`, for readers to see all at once."""
+        await self.append(prompts.record(number, nodes, run) for number in range(count))
+
+    async def append(self, records: Iterable[tuple[bytes, bytes]]) -> None:
+        """Append requests in a transaction: readers see them all at once."""
         async with self.producer(transactional_id="preload") as producer, producer.transaction():
             sent = []
-            for number in range(count):
-                key, value = prompts.record(number, nodes, run)
+            for key, value in records:
                 sent.append(await producer.send(self.topic, value, key=key))
                 if len(sent) == SENDING:
                     await asyncio.gather(*sent)
                     sent.clear()
             await asyncio.gather(*sent)
+
+    @property
+    def kafka_files(self) -> list[Path]:
+        """The segments of all topics."""
+        assert isinstance(self.broker, ApacheKafka)
+        return self.broker.files
 
     async def marks(self) -> int:
         """How many requests are assigned, by Redis: below the marks, and above them."""
