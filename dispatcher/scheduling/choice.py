@@ -84,15 +84,15 @@ class Priced(NamedTuple):
 
 
 Prices = Sequence[tuple[float, int, float, float, NodeState, int, *tuple[float, ...]]]
-"""Fields of `Priced`, in plain tuples: they are made for every candidate of every decision."""
+"""Fields of `Priced`, in plain tuples."""
 
 
 class Choice(NamedTuple):
     """The best node for a request. `has_room` says whether it can be bound now; if not, it is worth waiting.
 
     `wait_s` is the work predicted before it, `prefill_s` its own; `is_stale` says that the node's load was
-    taken from its peers, since its last report is old. `rule` says what decided, `prices` between whom,
-    where a policy has prices.
+    taken from its peers, since its last report is old. `rule` says what decided, `candidates` between
+    whom, where a policy has prices.
     """
 
     node: NodeState
@@ -105,7 +105,7 @@ class Choice(NamedTuple):
     is_stale: bool = False
     stage: Stage = Stage.WHOLE
     rule: Rule = Rule.LEAST_COST
-    prices: Prices = ()
+    candidates: Sequence[NodeState] = ()
 
 
 class Capacity(NamedTuple):

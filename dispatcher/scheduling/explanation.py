@@ -64,8 +64,8 @@ def explain(
         policy=scheduler.decode_policy if is_decode else scheduler.policy,
         rule=choice.rule,
         stage=choice.stage,
-        is_priced=bool(choice.prices),
-        near_tie=scheduler.parameters.near_tie if choice.prices else 0.0,
+        is_priced=bool(choice.candidates),
+        near_tie=scheduler.parameters.near_tie if choice.candidates else 0.0,
         prompt_tokens=envelope.prompt_tokens,
         max_tokens=envelope.max_tokens,
         blocks=len(envelope.block_hashes),
@@ -96,15 +96,15 @@ def _by_price(
     choice: Choice,
     planned: Planned,
 ) -> tuple[Candidate, ...]:
-    prices = choice.prices
-    if not prices:
-        nodes = [node for node in scheduler.eligible(envelope, excluded) if node is not choice.node]
-        nodes = [choice.node, *nodes[:: 1 + len(nodes) // MOST_ASKED]]
-        prices = price(scheduler, envelope, nodes, planned, scheduler.matches(envelope))
+    nodes = choice.candidates
+    if not nodes:
+        others = [node for node in scheduler.eligible(envelope, excluded) if node is not choice.node]
+        nodes = [choice.node, *others[:: 1 + len(others) // MOST_ASKED]]
+    prices = price(scheduler, envelope, nodes, planned, scheduler.matches(envelope))
     best = heapq.nsmallest(MOST_CANDIDATES, prices, key=lambda one: one[0])
     if not any(one[4] is choice.node for one in best):
         best[-1:] = [one for one in prices if one[4] is choice.node]
-    tied_s = best[0][0] * (1 + scheduler.parameters.near_tie) if choice.prices else float("-inf")
+    tied_s = best[0][0] * (1 + scheduler.parameters.near_tie) if choice.candidates else float("-inf")
     return tuple(_candidate(scheduler, envelope, Priced._make(one), tied_s) for one in best)
 
 

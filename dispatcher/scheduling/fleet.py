@@ -39,6 +39,28 @@ class _Unseen:
     bound_s: float
 
 
+@dataclass(slots=True)
+class Load:
+    """What a node's state means to any request, as of its last change; what passes with time is left open.
+
+    `room_tokens` is the KV cache that a request may take, -1 without a slot for it. Of the prompts to be
+    computed, `prompts_s` counts down from `since_s` by `most_s` at most, and up again from `overdue_s` on;
+    `unknown_tokens` are of prompts that others bound. `pressure` is k/(1-k) of the fullness k.
+    """
+
+    room_tokens: float
+    slot_wait_s: float
+    prompts_s: float
+    since_s: float
+    most_s: float
+    overdue_s: float
+    unknown_tokens: int
+    decoding: int
+    pressure: float
+    burst: Burst
+    is_prefill: bool
+
+
 @dataclass(kw_only=True)
 class NodeState:
     """One node. `held` maps refs to the tokens they cost here; `suspect` is one of them under which an
@@ -69,6 +91,41 @@ class NodeState:
     _since: dict[str, float] = field(default_factory=dict)
     prompts: PromptQueue = field(default_factory=PromptQueue)
     burst: Burst = field(default_factory=Burst)
+    _load: Load | None = None
+
+    def changed(self) -> None:
+        """Note that something of its state was set: its load is measured anew."""
+        self._load = None
+
+    @property
+    def load(self) -> Load:
+        """What it has to do, as of its last change."""
+        return self._load or self._measure()
+
+    def _measure(self) -> Load:
+        prompts_s, since_s, most_s, overdue_s = self.prompts.course(self.feedback_s)
+        capacity = self.identity.kv_total_tokens
+        room = math.inf
+        if not self.has_slot:
+            room = -1.0
+        elif capacity and self.held:
+            used = self.report.kv_used_tokens + self.unseen_tokens if self.report is not None else 0
+            room = capacity - max(self.held_tokens, used)
+        k = self.fullness
+        load = self._load = Load(
+            room_tokens=room,
+            slot_wait_s=self.slot_wait_s,
+            prompts_s=prompts_s,
+            since_s=since_s,
+            most_s=most_s,
+            overdue_s=overdue_s,
+            unknown_tokens=max(0, self.queued_tokens - self.prompts.tokens),
+            decoding=self.decoding,
+            pressure=k / (1 - k),
+            burst=self.burst,
+            is_prefill=self.identity.role is Role.PREFILL,
+        )
+        return load
 
     @property
     def name(self) -> str:
@@ -181,6 +238,7 @@ class NodeState:
                 self.feedback_s += 0.1 * (max(0.0, now_s - one.bound_s) - self.feedback_s)
                 self._see(ref)
         self.prompts.hear(report.seen_seq, report.queued_uncached_tokens, now_s)
+        self._load = None
 
     def _see(self, ref: str) -> None:
         one = self.unseen.pop(ref, None)
@@ -193,6 +251,7 @@ class NodeState:
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
         self.prompts = PromptQueue()
         self.breaker.probe = self.suspect = ""
+        self._load = None
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
@@ -204,6 +263,7 @@ class NodeState:
             self.predictor = known.predictor
         self.breaker = known.breaker
         self.breaker.renewed()
+        self._load = None
 
     def reserve(
         self,
@@ -220,6 +280,7 @@ class NodeState:
         self.held[ref] = cost_tokens
         self.held_tokens += cost_tokens
         self._since[ref] = now_s
+        self._load = None
         self.breaker.bound(ref)
         if uncached_tokens:
             self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
@@ -231,6 +292,7 @@ class NodeState:
         """Stop counting it."""
         if ref not in self.held:
             return
+        self._load = None
         self.held_tokens -= self.held.pop(ref)
         self.service_s += 0.1 * (max(0.0, now_s - self._since.pop(ref)) - self.service_s)
         self.breaker.released(ref)
@@ -248,6 +310,7 @@ class NodeState:
     def note_number(self, ref: str, number: int) -> None:
         """Note an assignment's number, by which reports tell what they cover."""
         self.prompts.note_number(ref, number)
+        self._load = None
         if ref not in self.unseen:
             return
         self.unseen[ref].number = number

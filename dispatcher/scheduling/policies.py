@@ -9,16 +9,17 @@ room, and queue there. `cost_based_prefill` and `shortest_ttft` are the original
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.explanation import Rule
 from dispatcher.protocol.node import Role
 from dispatcher.scheduling.choice import Choice, Planned, Prices
-from dispatcher.scheduling.fleet import NodeState
+from dispatcher.scheduling.fleet import STALE_S, NodeState
 from dispatcher.scheduling.prefix_index import Match
+from dispatcher.scheduling.prompt_queue import BURST_S
 from dispatcher.scheduling.stages import transfer_s
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 QUEUED_BOUND = 10_000
 """Requests queued at one node by policies that don't ask for room."""
-_TOTAL, _HIT = itemgetter(0), itemgetter(1)
-"""Of a price."""
 
 
 def prefill_cost(
@@ -38,18 +37,20 @@ def prefill_cost(
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
         return None
-    prices = price(scheduler, envelope, nodes, planned, matches)
-    best = min(map(_TOTAL, prices))
-    near = [one for one in prices if one[0] <= best * (1 + scheduler.parameters.near_tie)]
+    totals, hits, waits, prefills = _prices(scheduler, envelope, nodes, planned, matches)
+    best = min(totals)
+    most = best * (1 + scheduler.parameters.near_tie)
     rule = Rule.LEAST_COST
+    near = [at for at, total in enumerate(totals) if total <= most]
     if len(near) > 1:
         rule = Rule.MOST_CACHED
-        most_cached = max(map(_HIT, near))
-        near = [one for one in near if one[1] == most_cached]
+        most_cached = max([hits[at] for at in near])
+        near = [at for at in near if hits[at] == most_cached]
         if len(near) > 1:
             rule = Rule.CHANCE
             near = [near[scheduler.rng.randrange(len(near))]]
-    _, hit, wait_s, prefill_s, node, *_ = near[0]
+    at = near[0]
+    node, hit, wait_s = nodes[at], hits[at], waits[at]
     room = node.has_space(envelope) and not planned.get(node.name) and wait_s <= scheduler.lookahead_s(node)
     return Choice(
         node=node,
@@ -57,12 +58,83 @@ def prefill_cost(
         hit_tokens=hit,
         uncached_tokens=max(1, envelope.prompt_tokens - hit),
         wait_s=wait_s,
-        prefill_s=prefill_s,
+        prefill_s=prefills[at],
         looked_at=len(nodes),
         is_stale=scheduler.is_stale(node),
         rule=rule,
-        prices=prices,
+        candidates=nodes,
     )
+
+
+def _prices(
+    scheduler: Scheduler,
+    envelope: Envelope,
+    nodes: Sequence[NodeState],
+    planned: Planned,
+    matches: Sequence[Match],
+) -> tuple[list[float], list[int], list[float], list[float]]:
+    """What each of `nodes` would cost, as `price` tells it: totals, tokens cached, waits, own prefills.
+
+    Written out: it is run for every candidate of every decision.
+    """
+    parameters = scheduler.parameters
+    now_s, fresh_s = scheduler.now_s, scheduler.healthy_s - STALE_S
+    work, stall_weight = 1 + parameters.work_weight, parameters.stall_weight
+    burst_weight, pressure_s = parameters.burst_weight / BURST_S, parameters.pressure_s
+    prompt = envelope.prompt_tokens
+    moved_s = transfer_s(prompt) if scheduler.generators(envelope) else 0.0
+    depths = scheduler.index.depths(matches, nodes)
+    exp = math.exp
+    answers, shape = None, None
+    alone_s = token_s = answer_s = 0.0
+    tokens = 0
+    totals, hits, waits, prefills = [], [], [], []
+    for node in nodes:
+        load = node.load
+        predictor = node.predictor
+        if predictor.shape is not shape:
+            shape = predictor.shape
+            alone_s, token_s = shape.cost.seconds(prompt, 0), shape.cost.token_s
+        if node.answers is not answers:
+            answers = node.answers
+            answer_s = parameters.tpot_slo_s * answers.typical(envelope.max_tokens)
+            tokens = prompt + answers.expected(envelope.max_tokens)
+        hit = 0
+        if depths and (blocks := depths.get(node.name)):
+            hit = scheduler.hit_tokens(node, envelope, blocks)
+            prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
+        else:
+            prefill_s = predictor.scale * alone_s
+        if node.last_heard_s < fresh_s:
+            wait_s = scheduler.queued_s(node, envelope.model)
+        else:
+            elapsed_s = now_s - load.since_s
+            wait_s = load.prompts_s
+            if elapsed_s > 0.0 and wait_s:
+                wait_s -= elapsed_s if elapsed_s < load.most_s else load.most_s
+                if wait_s < 0.0:
+                    wait_s = 0.0
+                if elapsed_s > load.overdue_s:
+                    wait_s += elapsed_s - load.overdue_s
+            if load.unknown_tokens:
+                wait_s += load.unknown_tokens * token_s * predictor.scale
+        if load.room_tokens < (prompt + 1 if load.is_prefill else tokens):
+            wait_s += load.slot_wait_s
+        total = wait_s + prefill_s * work + pressure_s * load.pressure
+        if load.decoding:
+            total += stall_weight * load.decoding * prefill_s * prefill_s / answer_s
+        burst = load.burst
+        if burst.squares:
+            total += burst_weight * burst.squares * exp((burst.at_s - now_s) / BURST_S)
+        if moved_s and load.is_prefill:
+            total += moved_s
+        if planned:
+            total += planned.get(node.name, 0.0)
+        totals.append(total)
+        hits.append(hit)
+        waits.append(wait_s)
+        prefills.append(prefill_s)
+    return totals, hits, waits, prefills
 
 
 def price(
@@ -72,7 +144,7 @@ def price(
     planned: Planned,
     matches: Sequence[Match],
 ) -> Prices:
-    """What each of `nodes` would cost, in their order."""
+    """What each of `nodes` would cost, in their order, part by part."""
     parameters = scheduler.parameters
     now_s = scheduler.now_s
     work_weight, stall_weight = parameters.work_weight, parameters.stall_weight

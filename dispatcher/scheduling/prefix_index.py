@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dispatcher.protocol.node import Medium
 
@@ -26,6 +27,14 @@ class Match:
 
     blocks: int
     nodes: int
+
+
+class Named(Protocol):
+    """A node, by its name."""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
 
 
 @dataclass(slots=True)
@@ -242,6 +251,25 @@ class PrefixIndex:
                 if match.nodes & bit:
                     return match.blocks
         return 0
+
+    def depths(self, matches: Sequence[Match], nodes: Iterable[Named]) -> dict[str, int]:
+        """How many blocks those of `nodes` hold that hold any, by name."""
+        if not matches:
+            return {}
+        found = {}
+        held = 0
+        for match in matches:
+            held |= match.nodes
+        numbers = self._numbers
+        for node in nodes:
+            name = node.name
+            number = numbers.get(name)
+            if number is not None and held >> number & 1:
+                for match in matches:
+                    if match.nodes >> number & 1:
+                        found[name] = match.blocks
+                        break
+        return found
 
     def holders(self, matches: Sequence[Match], most: int, rng: random.Random) -> list[str]:
         """Up to `most` nodes that hold the most; of equally deep ones any, since the first would get all."""

@@ -78,30 +78,47 @@ class PromptQueue:
             covered -= one.tokens
             self.drop(ref, now_s)
 
-    def seconds(self, now_s: float, feedback_s: float) -> float:
-        """Predicted seconds until all are computed, less what the first had already."""
+    def course(self, feedback_s: float) -> tuple[float, float, float, float]:
+        """How the predicted seconds until all are computed go on, until something changes (`left_s`).
+
+        Returns:
+            The seconds at `since_s`, that moment, how many of them the time since then takes away at most,
+            and the time since then after which they grow again.
+        """
         if not self._prompts:
-            return self._seconds
+            return self._seconds, self._head_since_s, 0.0, math.inf
         head = next(iter(self._prompts.values()))
         # A report may be as late as the feedback's way: the first may be done, and the next begun.
         slack_s = min(feedback_s, MOST_SLACK_S)
-        elapsed_s = max(0.0, now_s - self._head_since_s)
-        left_s = max(0.0, self._seconds - min(elapsed_s, head.seconds + slack_s))
         # What takes far longer than predicted takes as long again, for all that is known.
-        return left_s + max(0.0, elapsed_s - OVERDUE * head.seconds - slack_s)
+        return (
+            self._seconds,
+            self._head_since_s,
+            head.seconds + slack_s,
+            OVERDUE * head.seconds + slack_s,
+        )
+
+    def seconds(self, now_s: float, feedback_s: float) -> float:
+        """Predicted seconds until all are computed, less what the first had already."""
+        seconds, since_s, most_s, overdue_s = self.course(feedback_s)
+        elapsed_s = max(0.0, now_s - since_s)
+        return max(0.0, seconds - min(elapsed_s, most_s)) + max(0.0, elapsed_s - overdue_s)
 
 
 class Burst:
-    """How much prefill at once a node's prompts bring, by the last ones bound there."""
+    """How much prefill at once a node's prompts bring, by the last ones bound there.
+
+    `squares` is the sum of their squared seconds at `at_s`, which fades.
+    """
 
     def __init__(self) -> None:
-        self._squares = 0.0
-        self._at_s = 0.0
+        self.squares = 0.0
+        self.at_s = 0.0
 
     def add(self, seconds: float, now_s: float) -> None:
         """Count a prompt of so many predicted seconds."""
-        self._squares = self._squares_at(now_s) + seconds**2
-        self._at_s = now_s
+        self.squares = self._squares_at(now_s) + seconds**2
+        self.at_s = now_s
 
     def seconds(self, now_s: float) -> float:
         """Seconds of prefill that one who comes at any moment is to find before it.
@@ -112,4 +129,4 @@ class Burst:
         return self._squares_at(now_s) / BURST_S
 
     def _squares_at(self, now_s: float) -> float:
-        return self._squares * math.exp((self._at_s - now_s) / BURST_S)
+        return self.squares * math.exp((self.at_s - now_s) / BURST_S)

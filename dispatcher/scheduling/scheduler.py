@@ -254,8 +254,9 @@ class Scheduler:
             if node is not None and name not in excluded and _may_take(node, envelope):
                 chosen[name] = node
         sampled = 0
+        draw, count = self._rng.random, len(serving)
         for _ in range(4 * self.parameters.sampled):
-            node = serving[self._rng.randrange(len(serving))]
+            node = serving[int(draw() * count)]
             if node.name not in chosen and node.name not in excluded and _may_take(node, envelope):
                 chosen[node.name] = node
                 sampled += 1
@@ -285,6 +286,11 @@ class Scheduler:
         """A counter for policies that take turns."""
         self._turn += 1
         return self._turn
+
+    @property
+    def healthy_s(self) -> float:
+        """The leader's healthy time, by which a report's age counts."""
+        return self._healthy_s()
 
     @property
     def now_s(self) -> float:

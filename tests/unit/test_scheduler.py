@@ -372,8 +372,10 @@ def test_a_full_node_frees_a_slot_no_sooner_than_its_requests_end() -> None:
     for number in range(busy.request_bound):
         scene.fleet.reserve("n1", f"i0_{number}", 10, now_s=0.0)
     busy.service_s = 90.0
+    busy.changed()
     assert scene.choose(request(1, 2, 3)).node.name == "n0"
     busy.service_s = 0.09
+    busy.changed()
     choice = scene.choose(request(1, 2, 3))
     assert choice.node.name == "n1"
     assert not choice.has_room
