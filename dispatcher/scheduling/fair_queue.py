@@ -79,6 +79,15 @@ class FairQueue:
             self._enter(one)
         return None
 
+    def upcoming(self, most: int) -> list[str]:
+        """About the next refs in turn, as far as can be told: those of each tenant, in its order."""
+        entries = sorted(self._current.values())[:most]
+        share = -(-most // len(entries)) if entries else 0
+        refs: list[str] = []
+        for entry in entries:
+            refs += [order[5] for order in _least(self._orders[entry[1], entry[6]], share)]
+        return [ref for ref in refs if ref in self._waiting][:most]
+
     def pop(self) -> tuple[Order, str]:
         """Take out the head, as `head` told it, and name its tenant; one of the next three is to follow."""
         entry = self._entries[0]
@@ -155,3 +164,18 @@ class FairQueue:
             heapq.heapreplace(self._entries, entry)
         else:
             heapq.heappush(self._entries, entry)
+
+
+def _least(heap: list[Order], most: int) -> list[Order]:
+    """The least of a heap, in their order."""
+    if len(heap) <= 2 * most:
+        return sorted(heap)[:most]
+    found: list[Order] = []
+    frontier = [(heap[0], 0)]
+    while len(found) < most:
+        order, at = heapq.heappop(frontier)
+        found.append(order)
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < len(heap):
+                heapq.heappush(frontier, (heap[child], child))
+    return found

@@ -91,16 +91,16 @@ class NodeState:
     _since: dict[str, float] = field(default_factory=dict)
     prompts: PromptQueue = field(default_factory=PromptQueue)
     burst: Burst = field(default_factory=Burst)
-    _load: Load | None = None
+    known_load: Load | None = None
 
     def changed(self) -> None:
         """Note that something of its state was set: its load is measured anew."""
-        self._load = None
+        self.known_load = None
 
     @property
     def load(self) -> Load:
         """What it has to do, as of its last change."""
-        return self._load or self._measure()
+        return self.known_load or self._measure()
 
     def _measure(self) -> Load:
         prompts_s, since_s, most_s, overdue_s = self.prompts.course(self.feedback_s)
@@ -112,7 +112,7 @@ class NodeState:
             used = self.report.kv_used_tokens + self.unseen_tokens if self.report is not None else 0
             room = capacity - max(self.held_tokens, used)
         k = self.fullness
-        load = self._load = Load(
+        load = self.known_load = Load(
             room_tokens=room,
             slot_wait_s=self.slot_wait_s,
             prompts_s=prompts_s,
@@ -238,7 +238,7 @@ class NodeState:
                 self.feedback_s += 0.1 * (max(0.0, now_s - one.bound_s) - self.feedback_s)
                 self._see(ref)
         self.prompts.hear(report.seen_seq, report.queued_uncached_tokens, now_s)
-        self._load = None
+        self.known_load = None
 
     def _see(self, ref: str) -> None:
         one = self.unseen.pop(ref, None)
@@ -251,7 +251,7 @@ class NodeState:
         self.unseen, self.unseen_tokens, self._since = {}, 0, {}
         self.prompts = PromptQueue()
         self.breaker.probe = self.suspect = ""
-        self._load = None
+        self.known_load = None
 
     def take_over(self, known: NodeState) -> None:
         """Continue what was counted and learned under an earlier incarnation."""
@@ -263,7 +263,7 @@ class NodeState:
             self.predictor = known.predictor
         self.breaker = known.breaker
         self.breaker.renewed()
-        self._load = None
+        self.known_load = None
 
     def reserve(
         self,
@@ -280,7 +280,7 @@ class NodeState:
         self.held[ref] = cost_tokens
         self.held_tokens += cost_tokens
         self._since[ref] = now_s
-        self._load = None
+        self.known_load = None
         self.breaker.bound(ref)
         if uncached_tokens:
             self.unseen[ref] = _Unseen(uncached_tokens, number, now_s)
@@ -292,7 +292,7 @@ class NodeState:
         """Stop counting it."""
         if ref not in self.held:
             return
-        self._load = None
+        self.known_load = None
         self.held_tokens -= self.held.pop(ref)
         self.service_s += 0.1 * (max(0.0, now_s - self._since.pop(ref)) - self.service_s)
         self.breaker.released(ref)
@@ -310,7 +310,7 @@ class NodeState:
     def note_number(self, ref: str, number: int) -> None:
         """Note an assignment's number, by which reports tell what they cover."""
         self.prompts.note_number(ref, number)
-        self._load = None
+        self.known_load = None
         if ref not in self.unseen:
             return
         self.unseen[ref].number = number

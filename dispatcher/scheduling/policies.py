@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.explanation import Rule
@@ -33,13 +33,34 @@ def prefill_cost(
     scheduler: Scheduler, envelope: Envelope, excluded: tuple[str, ...], planned: Planned
 ) -> Choice | None:
     """Least predicted time to the first token, and least harm to those who decode."""
+    if not excluded and (known := scheduler.prepared(envelope, planned)) is not None:
+        return known
     matches = scheduler.matches(envelope)
     nodes = scheduler.looked_at(envelope, excluded, matches)
     if not nodes:
         return None
-    totals, hits, waits, prefills = _prices(scheduler, envelope, nodes, planned, matches)
-    best = min(totals)
-    most = best * (1 + scheduler.parameters.near_tie)
+    choice = choose_least(
+        scheduler, envelope, nodes, totals_of(scheduler, envelope, nodes, planned, matches), planned
+    )
+    scheduler.note_choice(envelope, choice)
+    return choice
+
+
+class Totals(NamedTuple):
+    """What each of some nodes would cost: in all, tokens cached, wait and own prefill."""
+
+    totals_s: list[float]
+    hits: list[int]
+    waits_s: list[float]
+    prefills_s: list[float]
+
+
+def choose_least(
+    scheduler: Scheduler, envelope: Envelope, nodes: Sequence[NodeState], priced: Totals, planned: Planned
+) -> Choice:
+    """The node that costs least; of those that cost about as much who has most cached, then any."""
+    totals, hits, waits, prefills = priced
+    most = min(totals) * (1 + scheduler.parameters.near_tie)
     rule = Rule.LEAST_COST
     near = [at for at, total in enumerate(totals) if total <= most]
     if len(near) > 1:
@@ -66,14 +87,14 @@ def prefill_cost(
     )
 
 
-def _prices(
+def totals_of(
     scheduler: Scheduler,
     envelope: Envelope,
     nodes: Sequence[NodeState],
     planned: Planned,
     matches: Sequence[Match],
-) -> tuple[list[float], list[int], list[float], list[float]]:
-    """What each of `nodes` would cost, as `price` tells it: totals, tokens cached, waits, own prefills.
+) -> Totals:
+    """What each of `nodes` would cost, as `price` tells it.
 
     Written out: it is run for every candidate of every decision.
     """
@@ -134,7 +155,7 @@ def _prices(
         hits.append(hit)
         waits.append(wait_s)
         prefills.append(prefill_s)
-    return totals, hits, waits, prefills
+    return Totals(totals, hits, waits, prefills)
 
 
 def price(

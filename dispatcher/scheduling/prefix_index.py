@@ -55,16 +55,21 @@ class PrefixIndex:
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
         self._free: list[int] = []
-        self._held: dict[bytes, int] = {}
+        self._holders: dict[bytes, int] = {}
         self._slower: dict[Medium, dict[bytes, int]] = {medium: {} for medium in SLOWER}
         self._of_node: dict[str, dict[Medium, set[bytes]]] = {}
-        self._expected: dict[bytes, int] = {}
         self._counts: dict[int, dict[bytes, int]] = {}
         self._assignments: dict[str, _Expected] = {}
         self._lingering: list[tuple[float, int, _Expected]] = []
         self._settled = 0
+        self.version = 0
 
     # Nodes
+
+    @property
+    def numbers(self) -> Mapping[str, int]:
+        """The bit numbers of nodes, by name; `version` counts their changes."""
+        return self._numbers
 
     def number(self, node: str) -> int:
         """The bit number of a node, made on first use."""
@@ -77,6 +82,7 @@ class PrefixIndex:
                 number = len(self._names)
                 self._names.append(node)
             self._numbers[node] = number
+            self.version += 1
             self._of_node[node] = {medium: set() for medium in Medium}
             self._counts[number] = {}
         return number
@@ -87,12 +93,7 @@ class PrefixIndex:
 
     def nodes(self, bits: int) -> list[str]:
         """The nodes of a set."""
-        names = []
-        while bits:
-            lowest = bits & -bits
-            names.append(self._names[lowest.bit_length() - 1])
-            bits ^= lowest
-        return names
+        return [self._names[number] for number in _numbers(bits)]
 
     def forget(self, node: str) -> None:
         """Drop everything about a node."""
@@ -106,16 +107,17 @@ class PrefixIndex:
         heapq.heapify(self._lingering)
         bit = 1 << number
         for block in self._counts.pop(number):
-            _unset(self._expected, block, bit)
+            _unset(self._holders, block, bit)
         del self._numbers[node], self._of_node[node]
+        self.version += 1
         self._free.append(number)
 
     # Views
 
     @property
     def blocks(self) -> int:
-        """Different blocks that views hold."""
-        return len(self._held)
+        """Different blocks that views hold or assignments have expected."""
+        return len(self._holders)
 
     def held_by(self, node: str) -> Mapping[Medium, Collection[bytes]]:
         """A node's view, by tier."""
@@ -125,17 +127,18 @@ class PrefixIndex:
         """Add blocks to one tier of a node's view."""
         bit = 1 << self.number(node)
         own = self._of_node[node][medium]
-        held = self._held
+        holders = self._holders
         slower = self._slower.get(medium)
         for block in blocks:
             own.add(block)
-            held[block] = held.get(block, 0) | bit
+            holders[block] = holders.get(block, 0) | bit
             if slower is not None:
                 slower[block] = slower.get(block, 0) | bit
 
     def remove(self, node: str, medium: Medium, blocks: Iterable[bytes]) -> None:
         """Take blocks out of one tier of a node's view; unknown ones are ignored."""
-        bit = 1 << self.number(node)
+        number = self.number(node)
+        bit, expected = 1 << number, self._counts[number]
         tiers = self._of_node[node]
         own = tiers[medium]
         slower = self._slower.get(medium)
@@ -145,8 +148,8 @@ class PrefixIndex:
             own.discard(block)
             if slower is not None:
                 _unset(slower, block, bit)
-            if not any(block in others for others in tiers.values()):
-                _unset(self._held, block, bit)
+            if block not in expected and not any(block in others for others in tiers.values()):
+                _unset(self._holders, block, bit)
 
     def clear(self, node: str) -> None:
         """Empty a node's view."""
@@ -167,12 +170,12 @@ class PrefixIndex:
             return
         number = self.number(node)
         self._assignments[ref] = _Expected(number, blocks)
-        bit, counts, expected = 1 << number, self._counts[number], self._expected
+        bit, counts, holders = 1 << number, self._counts[number], self._holders
         for block in blocks:
             seen = counts.get(block, 0)
             counts[block] = seen + 1
             if not seen:
-                expected[block] = expected.get(block, 0) | bit
+                holders[block] = holders.get(block, 0) | bit
 
     def settle(self, ref: str, now_s: float, *, linger_s: float) -> None:
         """Note that an assignment ended; its blocks are expected for `linger_s` more."""
@@ -196,12 +199,13 @@ class PrefixIndex:
         """Drop what an earlier leader's session expected."""
         self._assignments.clear()
         self._lingering.clear()
-        self._expected.clear()
-        for counts in self._counts.values():
+        for number, counts in self._counts.items():
+            for block in counts:
+                self._leave(number, block)
             counts.clear()
 
     def _unexpect(self, ended: _Expected) -> None:
-        counts, bit = self._counts.get(ended.node), 1 << ended.node
+        counts = self._counts.get(ended.node)
         if counts is None:
             return
         for block in ended.blocks:
@@ -210,7 +214,12 @@ class PrefixIndex:
                 counts[block] = left
             elif left == 0:
                 del counts[block]
-                _unset(self._expected, block, bit)
+                self._leave(ended.node, block)
+
+    def _leave(self, number: int, block: bytes) -> None:
+        """Note that no assignment has a block expected at a node any more, which its view may hold still."""
+        if not any(block in tier for tier in self._of_node[self._names[number]].values()):
+            _unset(self._holders, block, 1 << number)
 
     # Matching
 
@@ -219,10 +228,10 @@ class PrefixIndex:
 
         O(levels x log(blocks)) lookups.
         """
-        held, expected = self._held, self._expected
         if not blocks:
             return []
-        remaining = held.get(blocks[0], 0) | expected.get(blocks[0], 0)
+        holders = self._holders.get
+        remaining = holders(blocks[0], 0)
         matches: list[Match] = []
         above = len(blocks)
         while remaining and above > 0 and len(matches) < MOST_LEVELS:
@@ -231,8 +240,7 @@ class PrefixIndex:
             # The deepest block below `above` that any remaining node holds; block 0 is held by all of them.
             while high - low > 1:
                 middle = (low + high) // 2
-                block = blocks[middle]
-                found = (held.get(block, 0) | expected.get(block, 0)) & remaining
+                found = holders(blocks[middle], 0) & remaining
                 if found:
                     low, nodes = middle, found
                 else:
@@ -273,19 +281,29 @@ class PrefixIndex:
 
     def holders(self, matches: Sequence[Match], most: int, rng: random.Random) -> list[str]:
         """Up to `most` nodes that hold the most; of equally deep ones any, since the first would get all."""
-        names: list[str] = []
+        return [self._names[number] for number in self.holding(matches, most, rng)]
+
+    def holding(self, matches: Sequence[Match], most: int, rng: random.Random) -> list[int]:
+        """The same as numbers. Of many that hold as much, those that follow a random one."""
+        numbers: list[int] = []
         for match in matches:
-            wanted = most - len(names)
+            wanted = most - len(numbers)
             if wanted <= 0:
                 break
-            if match.nodes.bit_count() <= wanted:
-                names += self.nodes(match.nodes)
-            elif match.nodes.bit_count() <= 4 * wanted:
-                names += rng.sample(self.nodes(match.nodes), wanted)
-            else:
-                drawn = {rng.randrange(len(self._names)) for _ in range(4 * wanted)}
-                names += [self._names[one] for one in drawn if match.nodes >> one & 1][:wanted]
-        return names
+            bits = match.nodes
+            if bits.bit_count() <= wanted:
+                numbers += _numbers(bits)
+                continue
+            # One digit for each node, the first node's first.
+            digits = bin(bits)[:1:-1]
+            at = int(rng.random() * len(digits))
+            for _ in range(wanted):
+                at = digits.find("1", at)
+                if at < 0:
+                    at = digits.find("1")
+                numbers.append(at)
+                at += 1
+        return numbers
 
     @property
     def has_slower(self) -> bool:
@@ -313,3 +331,12 @@ def _unset(index: dict[bytes, int], block: bytes, bit: int) -> None:
         index[block] = left
     else:
         index.pop(block, None)
+
+
+def _numbers(bits: int) -> list[int]:
+    numbers = []
+    while bits:
+        lowest = bits & -bits
+        numbers.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return numbers

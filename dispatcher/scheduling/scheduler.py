@@ -14,6 +14,7 @@ from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.explanation import Bar, Rule
 from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.node import Medium, Role
+from dispatcher.scheduling.batch_prices import FEWEST, BatchPrices
 from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.choice import Capacity, Choice, Planned, SchedulingParameters
 from dispatcher.scheduling.fleet import FULL, KV_BYTES_PER_TOKEN, STALE_S, Fleet, NodeState
@@ -97,6 +98,38 @@ class Scheduler:
         self._batches = batches
         self._turn = 0
         self._chooses_for_suspect = False
+        self._batch = BatchPrices(self, rng)
+
+    def begin_round(self) -> None:
+        """Begin a round of choices: what was priced for the last one counts no more."""
+        self._batch.clear()
+
+    def is_prepared(self, ref: str) -> bool:
+        """Whether a request's prices are known."""
+        return ref in self._batch
+
+    def wants_batch(self, model: str) -> bool:
+        """Whether many requests of `model` had better be priced together."""
+        return (
+            self._policy is prefill_cost
+            and len(self.fleet.serving(model)) > ALL_LOOKED_AT
+            and not self.index.has_slower
+        )
+
+    def prepare(self, envelopes: Sequence[Envelope]) -> None:
+        """Price the requests whose turns come next together, those of one model that may go anywhere."""
+        plain = [one for one in envelopes if not one.lora]
+        if len(plain) >= FEWEST:
+            self._batch.prepare(plain, [blocks_of(one.block_hashes) for one in plain])
+
+    def prepared(self, envelope: Envelope, planned: Planned) -> Choice | None:
+        """The choice for a request that was priced with others, while it holds."""
+        return self._batch.take(envelope, planned)
+
+    def note_choice(self, envelope: Envelope, choice: Choice) -> None:
+        """Note a choice that was priced alone: others that were priced may share its prompt's beginning."""
+        if choice.has_room:
+            self._batch.note(blocks_of(envelope.block_hashes))
 
     def choose(
         self,
@@ -286,6 +319,16 @@ class Scheduler:
         """A counter for policies that take turns."""
         self._turn += 1
         return self._turn
+
+    @property
+    def most_holders(self) -> int:
+        """How many holders of a prefix are looked at in a large fleet."""
+        return MOST_HOLDERS
+
+    @property
+    def step_tokens(self) -> int:
+        """What an engine computes in one step."""
+        return STEP_TOKENS
 
     @property
     def healthy_s(self) -> float:

@@ -35,6 +35,8 @@ PUT_OFF_SHARE = 0.25
 """A long prompt is put off by this share of the time it has at most: it must not be put off to its end."""
 FEWEST_STALE = 1024
 """Orders of requests that are gone are swept out once they outnumber the others, and this."""
+PREPARED = 128
+"""How many of the next requests are priced together in a round."""
 OWED, ORDINARY, SPARE = range(3)
 """Whose turn it is."""
 ANSWER_TOKEN = 2.0
@@ -102,6 +104,8 @@ class Round:
 
     planned: Planned = field(default_factory=dict)
     passed: dict[Key, int] = field(default_factory=dict)
+    prepared: set[Key] = field(default_factory=set)
+    has_begun: bool = False
     chosen: dict[str, Order] = field(default_factory=dict)
     waits: dict[str, Waits] = field(default_factory=dict)
 
@@ -360,6 +364,17 @@ class Window:
             del self._queues[key]
         return head
 
+    def _prepare(self, key: Key, queue: FairQueue, scheduler: Scheduler, round: Round) -> None:
+        """Have the requests priced together whose turns come next, before the first of them is chosen for."""
+        if not round.has_begun:
+            round.has_begun = True
+            scheduler.begin_round()
+        if key in round.prepared or key[2] or not scheduler.wants_batch(key[1]):
+            return
+        round.prepared.add(key)
+        upcoming = [self._waiting[ref] for ref in queue.upcoming(PREPARED)]
+        scheduler.prepare([one.envelope for one in upcoming if not one.excluded and not one.crashed])
+
     def _choose_from(
         self, key: Key, scheduler: Scheduler, round: Round, now_ms: int, *, look_past: int
     ) -> tuple[Waiting, Choice] | None:
@@ -367,6 +382,7 @@ class Window:
         parked = 0
         while round.passed[key] < look_past and parked < MOST_PARKED and self._head(key) is not None:
             queue = self._queues[key]
+            self._prepare(key, queue, scheduler, round)
             order, tenant = queue.pop()
             waiting = self._waiting[order[5]]
             choice = scheduler.choose(

@@ -162,6 +162,26 @@ def test_new_tenants_do_not_starve_those_who_were_here() -> None:
     assert number <= 2
 
 
+@given(dues=st.lists(st.integers(min_value=0, max_value=50), max_size=60), most=st.integers(1, 40))
+def test_what_comes_next_is_told_in_order(dues: list[int], most: int) -> None:
+    bench = Bench()
+    for due_ms in dues:
+        bench.push("a", due_ms=due_ms)
+    upcoming = bench.queue.upcoming(most)
+    turns: list[str] = []
+    while len(turns) < most and (taken := bench.take()) is not None:
+        bench.queue.part(*taken)
+        turns.append(taken[0][5])
+    assert upcoming == turns
+
+
+def test_what_comes_next_is_some_of_every_tenant() -> None:
+    bench = Bench()
+    for n in range(90):
+        bench.push("abc"[n % 3], due_ms=n)
+    assert Counter(ref[0] for ref in bench.queue.upcoming(30)) == {"a": 10, "b": 10, "c": 10}
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["push", "push", "serve", "pass", "leave", "end", "sweep"]),
