@@ -260,7 +260,9 @@ class BatchPrices:
         assert self._random is not None
         most = scheduler.most_holders
         count = most + scheduler.parameters.sampled
-        drawn = self._random.random((len(matches), count)) + np.arange(count)
+        # Parts are counted from anywhere: holders take the place of the first ones.
+        first = self._random.random((len(matches), 1)) * count
+        drawn = (self._random.random((len(matches), count)) + np.arange(count) + first) % count
         rows: Rows = (drawn * (len(columns.nodes) / count)).astype(np.intp)
         row_of, holding = columns.row_of, scheduler.index.holding
         for at, found in enumerate(matches):

@@ -128,10 +128,10 @@ def _verdict(
         return Verdict.SAME
     if bar_of(theirs.node, envelope, excluded) is not None:
         return Verdict.BARRED
-    if not choice.prices:
+    if not choice.candidates:
         return Verdict.RULE
     if theirs.total_s <= ours.total_s * (1 + scheduler.parameters.near_tie):
-        looked_at = any(one[4] is theirs.node for one in choice.prices)
+        looked_at = any(node is theirs.node for node in choice.candidates)
         return Verdict.NEAR_TIE if looked_at else Verdict.NOT_LOOKED_AT
     worse = {
         Verdict.QUEUE: (theirs.wait_s - theirs.slot_s) - (ours.wait_s - ours.slot_s),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
@@ -248,6 +249,24 @@ def test_a_round_spreads_what_has_no_prefix_in_common() -> None:
     bound = bind_all(scene, [scene.request(length=0) for _ in range(60)])
     assert len(bound) == 60
     assert len(set(bound.values())) >= 40
+
+
+def test_random_candidates_are_drawn_from_all_of_the_fleet_beside_holders() -> None:
+    scene = quiet(256)
+    for n in range(0, 256, 16):
+        scene.index.store(f"n{n}", Medium.GPU, scene.chains[0])
+    seen: Counter[int] = Counter()
+    for _ in range(40):
+        envelopes = [scene.request(chain=0, length=8) for _ in range(10)]
+        scene.scheduler.begin_round()
+        scene.scheduler.prepare(envelopes)
+        choice = scene.scheduler.prepared(envelopes[0], {})
+        assert choice is not None
+        numbers = {int(node.name[1:]) for node in choice.candidates}
+        assert numbers >= set(range(0, 256, 16))
+        seen.update(number // 32 for number in numbers if number % 16)
+    assert sum(seen.values()) > 500
+    assert min(seen[part] for part in range(8)) > 0.7 * sum(seen.values()) / 8
 
 
 def test_a_round_over_a_disturbed_fleet_keeps_every_bound() -> None:
