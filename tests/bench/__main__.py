@@ -1,5 +1,7 @@
 """`python -m tests.bench`: every benchmark, one after the other; a table each, and JSON on request.
 
+One that fails does not keep the others from being run; the exit code tells.
+
 `scheduling`, `tuning` and `ablation`, which simulate, are commands of their own with flags of their own.
 """
 
@@ -9,6 +11,8 @@ import argparse
 import asyncio
 import json
 import sys
+import time
+import traceback
 from pathlib import Path
 
 from dispatcher.errors import SettingsError
@@ -26,6 +30,7 @@ from tests.bench import (
     leader,
     lifecycle,
     load,
+    pools,
     registry,
     replies,
     scheduling,
@@ -44,6 +49,7 @@ BENCHES = {
     "registry": registry.run,
     "growth": growth.run,
     "load": load.run,
+    "pools": pools.run,
     "bodies": bodies.run,
     "agent": agent.run,
     "replies": replies.run,
@@ -79,13 +85,25 @@ def main() -> int:
         parser.error(f"expected {', '.join(benches)}, seen {', '.join(sorted(unknown))}")
     machine = describe_machine()
     print(machine)
+    failed = []
     for name in options.names or BENCHES:
         print(f"\n{name}", flush=True)
-        result = {"bench": name, "machine": machine, **asyncio.run(benches[name]())}
+        began_s = time.monotonic()
+        try:
+            measured = asyncio.run(benches[name]())
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        took_s = round(time.monotonic() - began_s, 1)
+        print(f"({took_s} s)", flush=True)
         if options.json:
+            result = {"bench": name, "machine": machine, "took_s": took_s, **measured}
             options.json.mkdir(parents=True, exist_ok=True)
             (options.json / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

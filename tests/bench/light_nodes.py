@@ -184,7 +184,7 @@ class LightNode:
 async def _serve(options: argparse.Namespace) -> None:
     stats = Stats()
     shared = await LeanConnection.connect(options.redis)
-    names = Names()
+    names = Names(options.pool)
     nodes = []
     for number in range(options.first, options.first + options.count):
         own = await LeanConnection.connect(options.redis)
@@ -265,6 +265,7 @@ def main() -> int:
     """Be the nodes until stdin ends."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.light_nodes")
     parser.add_argument("--redis", required=True)
+    parser.add_argument("--pool", default="default")
     parser.add_argument("--first", type=int, default=0, help="number of the first of these nodes")
     parser.add_argument("--count", type=int, required=True, help="how many nodes this process is")
     parser.add_argument("--nodes", type=int, required=True, help="how many nodes there are in all")

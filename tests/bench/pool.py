@@ -33,6 +33,12 @@ SENDING = 2000
 ROLES = ("dispatcher", "redis", "kafka", "nodes")
 
 
+def local_servers(folder: Path) -> LocalServers:
+    """Apache Kafka and a Valkey, for one pool or several."""
+    settings = StackSettings(nodes=0, dispatchers=1, broker="apache", partitions=PARTITIONS)
+    return LocalServers(settings, folder)
+
+
 class LightNodes:
     """A process of light nodes, spoken to by lines."""
 
@@ -90,10 +96,20 @@ class Pool:
     Args:
         flags: of the dispatcher.
         is_sampled: whether the dispatcher notes where its time goes.
+        name: the pool's.
+        servers: those to use, which go on afterwards; its own when None.
     """
 
-    def __init__(self, flags: Sequence[str] = (), *, is_sampled: bool = False) -> None:
-        self.names = Names()
+    def __init__(
+        self,
+        flags: Sequence[str] = (),
+        *,
+        is_sampled: bool = False,
+        name: str = "default",
+        servers: LocalServers | None = None,
+    ) -> None:
+        self.names = Names(name)
+        self._shared = servers
         self.topic = self.names.requests(Lane.INTERACTIVE)
         self._flags = flags
         self._is_sampled = is_sampled
@@ -116,8 +132,10 @@ class Pool:
 
     async def _start(self) -> None:
         self.folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="flexlb-bench-")))
-        settings = StackSettings(nodes=0, dispatchers=1, broker="apache", partitions=PARTITIONS)
-        self.servers = await self._stack.enter_async_context(LocalServers(settings, self.folder))
+        servers = self._shared
+        if servers is None:
+            servers = await self._stack.enter_async_context(local_servers(self.folder))
+        self.servers = servers
         assert self.servers.valkey is not None
         assert self.servers.broker is not None
         self.valkey, self.broker = self.servers.valkey, self.servers.broker
@@ -133,7 +151,8 @@ class Pool:
             module = f"tests.bench.sampled {self.samples_path} {module}"
         self.dispatcher = Member("dispatcher-1", self.folder, module, "--metrics-port")
         self.dispatcher.arguments = [
-            *("--redis", self.servers.redis, "--kafka", self.servers.kafka, *self._flags)
+            *("--redis", self.servers.redis, "--kafka", self.servers.kafka, "--pool", self.names.pool),
+            *self._flags,
         ]
         self._stack.callback(self.dispatcher.release)
         self._stack.push_async_callback(self.dispatcher.stop)
@@ -167,7 +186,11 @@ class Pool:
             of: how many there will be in the end; those that are there stay.
         """
         light = await LightNodes.start(
-            self.servers.redis, of or nodes, flags, first=self._nodes, count=nodes - self._nodes
+            self.servers.redis,
+            of or nodes,
+            ("--pool", self.names.pool, *flags),
+            first=self._nodes,
+            count=nodes - self._nodes,
         )
         self._nodes = nodes
         self.light.append(light)
@@ -204,7 +227,10 @@ class Pool:
 
     async def append(self, records: Iterable[tuple[bytes, bytes]]) -> None:
         """Append requests in a transaction: readers see them all at once."""
-        async with self.producer(transactional_id="preload") as producer, producer.transaction():
+        async with (
+            self.producer(transactional_id=f"preload-{self.names.pool}") as producer,
+            producer.transaction(),
+        ):
             sent = []
             for key, value in records:
                 sent.append(await producer.send(self.topic, value, key=key))
