@@ -223,7 +223,7 @@ class PrefixIndex:
 
     # Matching
 
-    def match(self, blocks: Sequence[bytes]) -> list[Match]:
+    def match(self, blocks: Sequence[bytes], *, most_levels: int = MOST_LEVELS) -> list[Match]:
         """Who holds how much of a prompt, deepest first; each node is named once.
 
         O(levels x log(blocks)) lookups.
@@ -234,7 +234,7 @@ class PrefixIndex:
         remaining = holders(blocks[0], 0)
         matches: list[Match] = []
         above = len(blocks)
-        while remaining and above > 0 and len(matches) < MOST_LEVELS:
+        while remaining and above > 0 and len(matches) < most_levels:
             low, high = 0, above
             nodes = remaining
             # The deepest block below `above` that any remaining node holds; block 0 is held by all of them.

@@ -172,12 +172,12 @@ class Scheduler:
         serving = self.fleet.serving(envelope.model)
         if not weight or not serving:
             return 0
-        matches = self.matches(envelope)
         node, blocks = serving[self._rng.randrange(len(serving))], 0
-        for name in self.index.holders(matches, 1, self._rng):
+        # Any of those that hold the most will do: nothing is decided by it but the turn.
+        for match in self.index.match(blocks_of(envelope.block_hashes), most_levels=1):
+            name = self.index.name((match.nodes & -match.nodes).bit_length() - 1)
             if name in self.fleet.nodes:
-                node = self.fleet.nodes[name]
-                blocks = self.index.depth(matches, name)
+                node, blocks = self.fleet.nodes[name], match.blocks
         seconds = self.prefill_s(node, envelope, self.hit_tokens(node, envelope, blocks), blocks)
         return int(1000 * weight * seconds)
 
