@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from dispatcher.backends.clock import Clock, ServerClock
 from dispatcher.backends.scripts import Argument, Redis, ScriptRunner, translate
-from dispatcher.backends.store_view import StreamEntry
+from dispatcher.backends.store_view import StreamEntry, xread
 from dispatcher.errors import StoreUnavailable
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Names
@@ -22,6 +22,7 @@ from dispatcher.protocol.node import BlockEvent, Medium, NodeIdentity, NodeRepor
 
 NODE_TTL_MS = 3_600_000
 WORKER_TTL_S = 120
+CONTROL_COUNT = 100
 NO_CHECKPOINTS: Mapping[str, bytes] = MappingProxyType({})
 KEPT_BLOCK_EVENTS = 20_000
 """Events of the whole fleet in the stream; whoever falls behind reads the nodes' sets instead."""
@@ -267,9 +268,7 @@ class NodeStore:
     async def read_control(self, after: bytes, *, block_ms: int) -> list[StreamEntry]:
         """What the leader told this node since `after`."""
         try:
-            answer = await self._client.xread(
-                {self.names.control(self.node): after}, count=100, block=block_ms
-            )
+            answer = await xread(self._client, self.names.control(self.node), after, block_ms, CONTROL_COUNT)
         except RedisError as error:
             raise translate(error, "control") from error
         except (OSError, EOFError) as error:

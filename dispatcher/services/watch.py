@@ -27,6 +27,8 @@ from dispatcher.services.state import LeaderState
 from dispatcher.telemetry.metrics import DispatcherMetrics
 
 READ_BLOCK_MS = 100
+STANDBY_BLOCK_MS = 400
+"""A standby decides nothing by time; healthy time wants answers that are at most `LONGEST_STEP_S` apart."""
 READ_COUNT = 1000
 RESYNC_S = 5.0
 REAP_S = 2.0
@@ -58,7 +60,7 @@ class FleetMirror:
     async def run(self) -> None:
         """Follow until cancelled (a standby's whole work)."""
         while True:
-            await self.step()
+            await self.step(block_ms=STANDBY_BLOCK_MS)
 
     async def step(self, *, block_ms: int | None = READ_BLOCK_MS) -> None:
         """Take in what was reported; waits a little for news (not at all for None)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -25,13 +26,24 @@ def chosen_gpus(setting: str, visible: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip().isdigit())
 
 
+@functools.cache
+def _has_library() -> bool:
+    """Whether the library is here and works; loading it is asked for once."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    return True
+
+
 class GpuWatch:
     """Reads the GPUs of one engine; their mean."""
 
     def __init__(self, setting: str = "") -> None:
         self._handles: list[object] = []
+        if not _has_library():
+            return
         try:
-            pynvml.nvmlInit()
             for number in chosen_gpus(setting, os.environ.get("CUDA_VISIBLE_DEVICES")):
                 self._handles.append(pynvml.nvmlDeviceGetHandleByIndex(number))
         except pynvml.NVMLError:
