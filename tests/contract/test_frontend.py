@@ -40,7 +40,7 @@ from tests.contract.test_client import ANOTHER, ATTEMPT, OtherSide, completed
 from tests.support.pool import Pool, ScriptedNode
 from tests.support.servers import KafkaAddress
 from tests.support.sim.kafka import SimKafka
-from tests.support.sim.loop import START_EPOCH_S, VirtualLoop
+from tests.support.sim.loop import OUTSIDE, START_EPOCH_S, VirtualLoop
 from tests.support.sim.network import CALM, Network
 from tests.support.wait import wait_until
 
@@ -819,10 +819,13 @@ every_body = pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__nam
 
 
 class _WallLoop(asyncio.SelectorEventLoop):
-    """Real time and real sockets, with the one thing more that the simulation asks of its loop."""
+    """Real time and real sockets, with the two things more that the simulation asks of its loop."""
 
     def epoch_s(self) -> float:
         return START_EPOCH_S + self.time()
+
+    def send_later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
+        self.call_later(delay, callback, *args, context=OUTSIDE)
 
 
 @every_body

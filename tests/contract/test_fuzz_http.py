@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from random import Random
 from typing import Any, cast
@@ -32,7 +32,7 @@ from tests.contract.test_client import OtherSide, completed
 from tests.support.hostile import BOMB, SCALARS, any_value, changed, damaged
 from tests.support.http_probe import Probed, probed
 from tests.support.sim.kafka import SimKafka
-from tests.support.sim.loop import START_EPOCH_S, VirtualLoop
+from tests.support.sim.loop import OUTSIDE, START_EPOCH_S, VirtualLoop
 from tests.support.sim.network import CALM, Network
 from workers_agent.simulator.server import Simulator, SimulatorSettings
 
@@ -131,10 +131,13 @@ CHOICES: dict[bytes, tuple[bytes, ...]] = {
 
 
 class _WallLoop(asyncio.SelectorEventLoop):
-    """Real time and real sockets, with the one thing more that the simulation asks of its loop."""
+    """Real time and real sockets, with the two things more that the simulation asks of its loop."""
 
     def epoch_s(self) -> float:
         return START_EPOCH_S + self.time()
+
+    def send_later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
+        self.call_later(delay, callback, *args, context=OUTSIDE)
 
 
 class Obliging(OtherSide):

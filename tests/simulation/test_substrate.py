@@ -199,6 +199,45 @@ async def test_a_frozen_process_stands_still_while_its_request_goes_on() -> None
 
 
 @simulate
+async def test_a_frozen_process_takes_the_answer_that_came_before_it_went_on() -> None:
+    world = World(SLOW)
+    early = world.process.spawn(world.client(timeout_s=4.0, retries=0).get("key"))
+    world.redis.freeze(10)
+    await asyncio.sleep(0.5)
+    world.process.freeze(20)
+    await asyncio.sleep(25)
+    assert early.result() is None
+    late = world.process.spawn(error_of(world.client(timeout_s=4.0, retries=0).get("key")))
+    world.redis.freeze(40)
+    await asyncio.sleep(0.5)
+    world.process.freeze(20)
+    await asyncio.sleep(25)
+    assert isinstance(late.result(), TimeoutError)
+
+
+@simulate
+async def test_each_call_is_given_up_after_its_own_time() -> None:
+    world = World()
+    patient, hasty = world.client(timeout_s=3.0, retries=0), world.client(timeout_s=2.0, retries=0)
+    await patient.set("key", "value")
+    world.redis.freeze()
+    began_s = loop.monotonic()
+    given_up: list[tuple[str, float]] = []
+
+    async def ask(name: str, client: Any, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        assert isinstance(await error_of(client.get("key")), TimeoutError)
+        given_up.append((name, round(loop.monotonic() - began_s, 3)))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask("patient", patient, 0.0))
+        group.create_task(ask("hasty", hasty, 0.0))
+        group.create_task(ask("hasty again", hasty, 0.5))
+        group.create_task(ask("patient again", patient, 4.0))
+    assert given_up == [("hasty", 2.0), ("hasty again", 2.5), ("patient", 3.0), ("patient again", 7.0)]
+
+
+@simulate
 async def test_a_call_made_for_a_frozen_process_waits_for_it() -> None:
     world = World()
     world.process.freeze(3)

@@ -240,6 +240,9 @@ class Broker:
         self._producers: dict[str, _Producer] = {}
         self._next_producer_id = 0
         self._polls: dict[asyncio.Future[Any], tuple[Callable[[], Any], Iterable[TopicPartition]]] = {}
+        self.observer: Callable[[Collection[TopicPartition]], None] | None = None
+        """Told of partitions of which records were written or decided, and with none when a group's offsets
+        were; it must change nothing."""
 
     def now_ms(self) -> int:
         """The broker's clock."""
@@ -352,6 +355,8 @@ class Broker:
 
     def wake_polls(self, changed: Collection[TopicPartition]) -> None:
         """Answer the long polls that have something now that these partitions changed."""
+        if self.observer is not None:
+            self.observer(changed)
         for future, (look, positions) in list(self._polls.items()):
             if not future.done() and any(tp in positions for tp in changed):
                 answer = look()
@@ -550,6 +555,8 @@ class Broker:
     def _apply(self, group: str, transaction: Transaction) -> None:
         if not transaction.is_aborted:
             self.offsets.setdefault(group, {}).update(transaction.offsets[group])
+            if self.observer is not None:
+                self.observer(())
 
     def _expire(self, producer: _Producer, transaction: Transaction) -> None:
         def abort() -> None:

@@ -10,6 +10,7 @@ while it is frozen, and held up or refused where the network between one process
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from random import Random
@@ -81,6 +82,8 @@ class Process:
         self.clock = Clock(monotonic=loop.time, epoch_s=lambda: loop.epoch_s() + self.clock_skew_s)
         self._loop = loop
         self._scope = Scope()
+        self.context = self._scope.context()
+        """Of callbacks that belong to the process and to none of its tasks."""
         self._awake = asyncio.Event()
         self._awake.set()
         self._calls: dict[Call, None] = {}
@@ -208,6 +211,43 @@ class Server:
             self._later.append(step)
 
 
+class _Patience:
+    """The calls that are given up after the same time without an answer, the longest waiting first.
+
+    One timer for all of them: most calls are answered long before.
+    """
+
+    def __init__(self, loop: VirtualLoop, timeout_s: float) -> None:
+        self._loop = loop
+        self._timeout_s = timeout_s
+        self._calls: deque[tuple[float, Call]] = deque()
+        self._is_timed = False
+
+    def add(self, call: Call) -> None:
+        """Give `call` up when the time is over."""
+        calls = self._calls
+        while calls and calls[0][1].answer.done():
+            calls.popleft()
+        calls.append((self._loop.time() + self._timeout_s, call))
+        if not self._is_timed:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._is_timed = True
+        self._loop.call_at(self._calls[0][0], self._over, context=OUTSIDE)
+
+    def _over(self) -> None:
+        self._is_timed = False
+        calls, now_s = self._calls, self._loop.time()
+        while calls and (calls[0][1].answer.done() or calls[0][0] <= now_s):
+            call = calls.popleft()[1]
+            if not call.answer.done():
+                # Its own: a frozen process finds that out when it goes on.
+                self._loop.call_soon(call.time_out, context=call.process.context)
+        if calls:
+            self._wait()
+
+
 class Call:
     """One call on its way; made by `Network.call`."""
 
@@ -254,7 +294,7 @@ class Call:
             return
         self.network.note(self, "held up")
         delay_s = cut.until_s - self.network.loop.time() + self.network.delay_s()
-        self.network.loop.call_later(delay_s, step, *arguments, context=OUTSIDE)
+        self.network.loop.send_later(delay_s, step, *arguments)
 
     def _take_effect(self) -> None:
         if not self.server.is_up or self.incarnation != self.server.incarnation:
@@ -290,7 +330,7 @@ class Call:
             self.break_off(f"{self.server.name}: connection cut")
         else:
             network = self.network
-            network.loop.call_later(network.delay_s(), self._finish, result, error, context=OUTSIDE)
+            network.loop.send_later(network.delay_s(), self._finish, result, error)
 
     def break_off(self, why: str) -> None:
         """The connection broke: the caller learns that, and no more."""
@@ -347,6 +387,7 @@ class Network:
         self.traps: dict[tuple[str, str], tuple[int, Callable[[], None]]] = {}
         self._lag_until_s = 0.0
         self._lag_s = 0.0
+        self._patience: dict[float, _Patience] = {}
 
     def cut(self, process: str, server: str, seconds: float, *, refuses: bool) -> None:
         """Let nothing pass between one process and one server; everything else goes on.
@@ -421,25 +462,28 @@ class Network:
             call.loses_request = self.rng.random() < 0.5
             call.loses_answer = not call.loses_request
         process._calls[call] = None
-        self.loop.call_later(self.delay_s(), call.arrive, context=OUTSIDE)
-        timer = self.loop.call_later(timeout_s, call.time_out) if timeout_s is not None else None
+        self.loop.send_later(self.delay_s(), call.arrive)
+        if timeout_s is not None:
+            patience = self._patience.get(timeout_s)
+            if patience is None:
+                patience = self._patience[timeout_s] = _Patience(self.loop, timeout_s)
+            patience.add(call)
         is_answered = False
         try:
             answer = await call.answer
             is_answered = True
             return answer
         finally:
-            if timer is not None:
-                timer.cancel()
             del process._calls[call]
             if not is_answered:
                 call.leave()
+            del call  # an error's traceback would keep what keeps the error
             if process.is_frozen or not process.is_alive:
                 await process.running()
 
     def later(self, step: Callable[..., Any], *arguments: Any) -> None:
         """Do `step` after one leg, outside every process."""
-        self.loop.call_later(self.delay_s(), step, *arguments, context=OUTSIDE)
+        self.loop.send_later(self.delay_s(), step, *arguments)
 
     def delay_s(self) -> float:
         """How long one message takes."""

@@ -23,7 +23,7 @@ import pickle
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,9 @@ class _State(FakeServer):
             database._expiry_heap.clear()
 
 
+MOST_ON_LUAS_STACK = 1000
+LARGEST_WHOLE = 10**15
+"""Below it the number that Lua has is written as the integer that it is."""
 _ARE_IN_LUA_TOO = frozenset((bytes, int, type(None)))
 
 
@@ -157,6 +160,18 @@ class _Scripts:
             """
         )
         setup(self._call)
+        self._run = self.lua.eval(
+            """
+            function(script, keys, ...)
+              local all, first = {...}, {}
+              for index = 1, keys do first[index] = all[index] end
+              local answer = script(first, {select(keys + 1, ...)})
+              if type(answer) ~= 'table' or #answer == 0 or #answer > 1000 or answer.err ~= nil
+                  or answer.ok ~= nil or answer.double ~= nil or answer.map ~= nil then return answer end
+              return true, unpack(answer)
+            end
+            """
+        )
         self.flat = self.lua.eval(
             """
             function(answer)
@@ -175,6 +190,13 @@ class _Scripts:
             found = self._digests[source] = hashlib.sha1(source).hexdigest().encode()
         return found
 
+    def run(self, source: bytes, keys: int, arguments: Sequence[bytes]) -> Any:
+        """Call a script: a tuple of True and its answer's items for most tables, else its answer."""
+        function = self._functions.get(source) or self._compiled(source)
+        if len(arguments) < MOST_ON_LUAS_STACK:
+            return self._run(function, keys, *arguments)
+        return function(self.lua.table_from(arguments[:keys]), self.lua.table_from(arguments[keys:]))
+
     def answer(self, value: Any) -> Any:
         """What a script returned, as the server sends it; `_Special` for an error, a status and the like."""
         kind = type(value)
@@ -184,12 +206,15 @@ class _Scripts:
             return int(value)
         if kind is bool:
             return 1 if value else None
-        if kind is not self._table_type:
-            raise _Special
-        items = self.flat(value)
-        if type(items) is not tuple:
-            if items == 0:
-                return []
+        if kind is tuple:
+            items = value
+        elif kind is self._table_type:
+            items = self.flat(value)
+            if type(items) is not tuple:
+                if items == 0:
+                    return []
+                raise _Special
+        else:
             raise _Special
         answers = []
         for item in items[1:]:
@@ -198,33 +223,35 @@ class _Scripts:
             answers.append(item if type(item) is bytes else self.answer(item))
         return answers
 
-    def compiled(self, source: bytes) -> Any:
+    def _compiled(self, source: bytes) -> Any:
         """The function of a script, its first line taken off when that is for the server."""
-        function = self._functions.get(source)
-        if function is None:
-            body = source
-            if body.startswith(b"#!"):
-                body = b"\n" + body.partition(b"\n")[2]
-            chunk = b"return function(KEYS, ARGV) " + body + b"\nend"
-            function = self._functions[source] = self.lua.execute(chunk)
+        body = source
+        if body.startswith(b"#!"):
+            body = b"\n" + body.partition(b"\n")[2]
+        chunk = b"return function(KEYS, ARGV) " + body + b"\nend"
+        function = self._functions[source] = self.lua.execute(chunk)
         return function
 
     def _call(self, command: bytes, *arguments: Any) -> Any:
+        values: Sequence[bytes] = arguments
+        for value in arguments:
+            if type(value) is not bytes:
+                values = [each if type(each) is bytes else _as_argument(each) for each in arguments]
+                break
         socket = self.socket
-        values = [value if type(value) is bytes else _convert_redis_arg(value) for value in arguments]
         quick = QUICK.get(command)
         if quick is not None and quick[1] <= len(values) <= quick[2]:
             try:
                 result = quick[0](socket._db, values)
             except Slow:
-                result = self._ask(command, values)
+                result = self._ask(command, list(values))
         else:
-            result = self._ask(command, values)
-        if result is None:
-            return False
+            result = self._ask(command, list(values))
         kind = type(result)
         if kind is bytes or kind is int:
             return result
+        if result is None:
+            return False
         if kind is list and all(map(_ARE_IN_LUA_TOO.__contains__, map(type, result))):
             return self.lua.table_from([False if item is None else item for item in result])
         return socket._convert_redis_result(self.lua, result)
@@ -242,6 +269,14 @@ class _Scripts:
 
 
 _scripts = functools.cache(_Scripts)
+
+
+def _as_argument(value: Any) -> bytes:
+    """What a script gives a command, as Redis takes it."""
+    if type(value) is int and -LARGEST_WHOLE < value < LARGEST_WHOLE:
+        return b"%d" % value
+    argument: bytes = _convert_redis_arg(value)
+    return argument
 
 
 _PLAIN = frozenset((bytes, int, type(None)))
@@ -334,7 +369,7 @@ class _Socket(FakeSocket):
             if script is None or not fields[2].isdigit() or int(fields[2]) > len(fields) - 3:
                 raise Slow
             try:
-                return self._decode_result(self.eval(script, int(fields[2]), *fields[3:]))
+                return self.eval(script, int(fields[2]), *fields[3:])
             except SimpleError as error:
                 return self._decode_result(error)
         if name == b"XREAD":
@@ -416,9 +451,8 @@ class _Socket(FakeSocket):
             )
         scripts.socket = self
         self._script_resp = 2
-        table = scripts.lua.table_from
         try:
-            result = scripts.compiled(script)(table(keys_and_args[:numkeys]), table(keys_and_args[numkeys:]))
+            result = scripts.run(script, numkeys, keys_and_args)
         except LUA_MODULE.LuaError as error:
             raise SimpleError(f"ERR {error}") from None
         finally:
@@ -426,7 +460,9 @@ class _Socket(FakeSocket):
         try:
             return scripts.answer(result)
         except _Special:
-            return self._convert_lua_result(result, nested=False)
+            if type(result) is tuple:
+                result = scripts.lua.table_from(result[1:])
+            return self._decode_result(self._convert_lua_result(result, nested=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,7 +560,7 @@ class SimRedis:
 
     def __init__(self, network: Network, *, name: str = "redis", history_s: float = HISTORY_S) -> None:
         self.server = Server(name, network.loop, refused=ConnectionError, timed_out=TimeoutError)
-        self._network = network
+        self.network = network
         self._state = _State()
         self._socket = _Socket(self._state)
         self._history = _History(history_s)
@@ -543,11 +579,11 @@ class SimRedis:
             raise RuntimeError(f"{arguments[0]}: expected a command that does not block; use a client")
         return self._direct.parsed(arguments[0], answer, {})
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str | bytes) -> Any:
         """What a key holds, in fakeredis's own form, None without it: for invariants, which read much."""
         database = self._state.dbs[0]
-        database.time = self._network.loop.epoch_s()
-        item = database.get(key.encode())
+        database.time = self.network.loop.epoch_s()
+        item = database.get(key if isinstance(key, bytes) else key.encode())
         return None if item is None else item.value
 
     # Faults
@@ -566,7 +602,7 @@ class SimRedis:
             state.wipe()
             self._history.forget()
         elif lose_last_s > 0:
-            self._history.restore(state, self._socket, self._network.loop.epoch_s() - lose_last_s)
+            self._history.restore(state, self._socket, self.network.loop.epoch_s() - lose_last_s)
         state.touched.clear()
         state.script_cache.clear()  # only now: replaying the history needs the scripts
         if down_s <= 0:
@@ -606,7 +642,7 @@ class SimRedis:
         return [self._execute(fields) for fields in commands]
 
     def _execute(self, fields: list[bytes]) -> Any:
-        answer = self._socket.execute(fields, self._network.loop.epoch_s())
+        answer = self._socket.execute(fields, self.network.loop.epoch_s())
         if isinstance(answer, _Blocked):
             return self._block(_Wait(fields, _keys_waited_for(fields), answer))
         self._changed(fields)
@@ -616,7 +652,7 @@ class SimRedis:
         touched = self._state.touched
         if not touched:
             return
-        self._history.note(self._state, fields, self._network.loop.epoch_s())
+        self._history.note(self._state, fields, self.network.loop.epoch_s())
         keys = list(touched)
         touched.clear()
         if self._waits:
@@ -624,7 +660,7 @@ class SimRedis:
                 self._serve(key)
 
     def _block(self, wait: _Wait) -> asyncio.Future[Any]:
-        loop = self._network.loop
+        loop = self.network.loop
         future = loop.create_future()
         self._waits[future] = wait
         for key in wait.keys:
@@ -656,7 +692,7 @@ class SimRedis:
             wait = self._waits.get(future)
             if wait is None or future.done():
                 continue
-            now_s = self._network.loop.epoch_s()
+            now_s = self.network.loop.epoch_s()
             with _at(now_s):
                 answer = wait.blocked.retry()
             if answer is None:
@@ -667,25 +703,6 @@ class SimRedis:
             else:
                 future.set_result(answer)
             self._changed(wait.fields)
-
-    async def exchange(
-        self,
-        process: Process,
-        effect: Callable[[], Any],
-        label: object,
-        timeout_s: float | None,
-        retries: int,
-    ) -> Any:
-        """Have `effect` at the server, repeated after a broken connection as redis-py does."""
-        while True:
-            try:
-                return await self._network.call(
-                    process, self.server, effect, label=label, timeout_s=timeout_s
-                )
-            except (ConnectionError, TimeoutError):
-                if retries <= 0:
-                    raise
-                retries -= 1
 
 
 @functools.cache
@@ -725,6 +742,12 @@ def _pattern() -> dict[str, Any]:
     return vars(redis.asyncio.Redis(protocol=2))
 
 
+@functools.cache
+def _parsers() -> dict[str, Any]:
+    """redis-py's own of answers, by the names of commands as it sends them."""
+    return dict(_pattern()["response_callbacks"])
+
+
 class _Client(redis.asyncio.Redis):
     """redis-py's client over the simulated network."""
 
@@ -742,17 +765,22 @@ class _Client(redis.asyncio.Redis):
         self._timeout_s = timeout_s
         self._retries = retries
         self._encode = _encoder().encode
+        self._parse = _parsers()
 
     def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
         """A command as it goes over the wire."""
-        name, *rest = arguments
-        fields = [name.encode()] if " " not in name else name.encode().split()
-        for value in rest:
+        name = arguments[0]
+        if " " in name:
+            arguments = (*name.split(), *arguments[1:])
+        fields = []
+        for value in arguments:
             kind = type(value)
             if kind is bytes:
                 fields.append(value)
             elif kind is str:
                 fields.append(value.encode())
+            elif kind is int:
+                fields.append(b"%d" % value)
             else:
                 fields.append(bytes(self._encode(value)))
         return fields
@@ -765,18 +793,29 @@ class _Client(redis.asyncio.Redis):
 
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
         """Send one command."""
-        fields = self.encoded(arguments)
         sim = self._sim
-        assert self._process is not None
-        answer = await sim.exchange(
-            self._process, lambda: sim.execute(fields), _Label(arguments), self._timeout_s, self._retries
-        )
-        return self.parsed(arguments[0], answer, options)
+        effect = functools.partial(sim.execute, self.encoded(arguments))
+        answer = await self.send(effect, _Label(arguments))
+        callback = self._parse.get(arguments[0])
+        if callback is None:
+            return answer
+        options.pop("keys", None)
+        return callback(answer, **options)
 
     async def send(self, effect: Callable[[], Any], label: object) -> Any:
-        """Have `effect` at the server."""
-        assert self._process is not None
-        return await self._sim.exchange(self._process, effect, label, self._timeout_s, self._retries)
+        """Have `effect` at the server, repeated after a broken connection as redis-py does."""
+        process, server = self._process, self._sim.server
+        assert process is not None
+        retries = self._retries
+        while True:
+            try:
+                return await self._sim.network.call(
+                    process, server, effect, label=label, timeout_s=self._timeout_s
+                )
+            except (ConnectionError, TimeoutError):
+                if retries <= 0:
+                    raise
+                retries -= 1
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         """Commands that travel together."""
