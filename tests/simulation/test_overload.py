@@ -220,7 +220,7 @@ class TooMany(Workload):
                 "model": MODEL,
                 "endpoint": "/v1/completions",
                 "priority": self.rng.choice([20, 20, 50, 50, 90]),
-                "body": {"prompt": "x", "max_tokens": 10},
+                "body": {"prompt": "x", "max_tokens": 3},
             }
             self.append(request)
 

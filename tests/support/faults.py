@@ -20,8 +20,8 @@ from tests.support.sim.loop import current
 if TYPE_CHECKING:
     from tests.support.cluster import Cluster
 
-FAULT_WINDOW_S = 10.0
-MOST_FAULTS = 6
+FAULT_WINDOW_S = 5.0
+FEWEST_FAULTS, MOST_FAULTS = 2, 6
 TWO_AT_ONCE = 0.25
 JUMPS_S = (-3600.0, -20.0, -0.5, 0.5, 20.0, 3600.0)
 
@@ -69,7 +69,7 @@ class Faults:
     async def run(self) -> None:
         """The seed's faults over the fault window."""
         rng = self._rng
-        for _ in range(rng.randrange(1, MOST_FAULTS)):
+        for _ in range(rng.randrange(FEWEST_FAULTS, MOST_FAULTS + 1)):
             await asyncio.sleep(rng.uniform(0.1, FAULT_WINDOW_S / 4))
             rng.choice(self._faults)()
             if rng.random() < TWO_AT_ONCE:
@@ -149,7 +149,7 @@ class Faults:
                     stopping.kill()
                 start(name)
 
-        current().call_later(self._rng.choice([0.2, 2.0, 10.0]), replace)
+        current().call_later(self._rng.choice([0.2, 2.0, 5.0]), replace)
 
     def _freeze_dispatcher(self) -> None:
         self._freeze(self._dispatcher())
@@ -158,7 +158,7 @@ class Faults:
         self._freeze(self._node())
 
     def _freeze(self, name: str) -> None:
-        seconds = self._rng.choice([0.3, 1.5, 3.0, 6.0])
+        seconds = self._rng.choice([0.3, 1.5, 3.0, 5.0])
         process = self._cluster.processes[name]
         if process.is_alive and not process.is_frozen:
             self._cluster.note(f"freeze {name} for {seconds}")
@@ -218,7 +218,7 @@ class Faults:
 
     def _refuse_redis(self) -> None:
         self._cluster.note("redis refuses")
-        self._cluster.redis.down(self._rng.choice([2.0, 8.0]))
+        self._cluster.redis.down(self._rng.choice([2.0, 5.0]))
 
     def _freeze_redis(self) -> None:
         self._cluster.note("freeze redis")
@@ -285,7 +285,7 @@ class Faults:
     def _cut(self) -> None:
         """One process and one server can't reach each other; all others can."""
         name, server = self._anyone(), self._rng.choice(["redis", "redis", "kafka"])
-        seconds, refuses = self._rng.choice([0.5, 2.5, 6.0]), self._rng.random() < 0.3
+        seconds, refuses = self._rng.choice([0.5, 2.5, 5.0]), self._rng.random() < 0.3
         self._cluster.note(f"cut {name} from {server} for {seconds}{', refusing' if refuses else ''}")
         self._cluster.network.cut(self._cluster.processes[name].name, server, seconds, refuses=refuses)
 

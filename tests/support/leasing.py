@@ -24,7 +24,7 @@ from tests.support.workload import MODEL, Workload
 
 TTL_S = 3.0
 STAYS, DIES, LEAVES = "stays", "dies", "leaves"
-PACE_S = {STAYS: 0.2, DIES: 5.0, LEAVES: 5.0}
+PACE_S = {STAYS: 4.5 / MOST_TOKENS, DIES: 200.0 / MOST_TOKENS, LEAVES: 200.0 / MOST_TOKENS}
 """Between two tokens of an answer of `MOST_TOKENS`."""
 
 
@@ -49,7 +49,7 @@ class LeasingClients:
             process.spawn(self._live(process, name), name=name)
             if name == DIES:
                 dying = process
-        await asyncio.sleep(self._rng.uniform(0.5, 8.0))
+        await asyncio.sleep(self._rng.uniform(0.5, 4.0))
         self._workload.note(f"kill {DIES}")
         dying.kill()
 
@@ -73,7 +73,7 @@ class LeasingClients:
         for number in range(2):
             await asyncio.sleep(self._rng.uniform(0.0, 1.0))
             self._submit(name, number, PACE_S[name], {})
-        self._submit(name, 2, 0.1, {"detached": True})
+        self._submit(name, 2, 3.0 / MOST_TOKENS, {"detached": True})
         if name == LEAVES:
             await asyncio.sleep(self._rng.uniform(0.0, 4.0))
             living.cancel()

@@ -18,7 +18,7 @@ from workers_agent.engines.engine import EngineFailure, Piece, Prefilled
 from workers_agent.engines.engine_load import EngineLoad
 
 PROMPT_IDS = (1_000_001,) * 8
-MOST_TOKENS = 40
+MOST_TOKENS = 12
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,7 +73,7 @@ class ScriptedEngine:
         tokens = first + most
         fails_at = rng.randrange(first, tokens + 1) if rng.random() < self._failure_share else -1
         await asyncio.sleep(rng.uniform(0.005, 0.2))
-        step_s = asked.get("pace_s") or rng.choice([0.002, 0.01, 0.05])
+        step_s = asked.get("pace_s") or rng.choice([0.005, 0.03, 0.16])
         for number in range(first, tokens):
             if number == fails_at:
                 causes = [FailureCause.ENGINE_ERROR, FailureCause.TRUNCATED, FailureCause.CONNECT]

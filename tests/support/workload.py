@@ -16,8 +16,8 @@ from tests.support.scripted_engine import MOST_TOKENS
 from tests.support.sim.kafka import SimKafka
 
 MODEL = "m"
-REQUESTS = (8, 16, 30)
-APPEND_WINDOW_S = 6.0
+REQUESTS = (3, 8, 20)
+APPEND_WINDOW_S = 3.0
 
 
 class Workload:
@@ -58,7 +58,7 @@ class Workload:
                 "priority": rng.randrange(1, 101),
                 "body": {
                     "prompt": "x" * rng.randrange(1, 400),
-                    "max_tokens": rng.choice([1, 3, 10, MOST_TOKENS]),
+                    "max_tokens": rng.choice([1, 2, 5, MOST_TOKENS]),
                 },
             }
             lane = Lane.BATCH if rng.random() < 0.15 else Lane.INTERACTIVE

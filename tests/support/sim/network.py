@@ -39,7 +39,7 @@ class Profile:
 
 
 CALM = Profile()
-ROUGH = Profile(slow_share=0.05, stall_share=0.001, cut_share=0.005)
+ROUGH = Profile(slow_share=0.05, stall_share=0.001, cut_share=0.01)
 
 
 class _Window:
