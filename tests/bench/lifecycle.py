@@ -31,7 +31,10 @@ FLAGS = ("--heartbeat-ttl-s", "30", "--log-level", "WARNING")
 async def run() -> dict[str, Any]:
     """Measure; prints a table."""
     load = load_average()
-    print(f"{'rate':>8} {'held':>5} {'finished/s':>10} {'backlog':>8} {'p50 ms':>7} {'p99 ms':>7}  us of CPU")
+    print(
+        f"{'rate':>8} {'held':>5} {'outcomes/s':>10} {'backlog':>8} {'mark':>6} {'p50 ms':>7} {'p99 ms':>7}"
+        "  us of CPU"
+    )
     async with Pool(FLAGS) as pool:
         await pool.start_dispatcher()
         await pool.start_nodes(NODES, "--views", "--drain")
@@ -80,7 +83,8 @@ def _print(run: Run) -> None:
     told = run.told()
     used = ", ".join(f"{role} {us:.0f}" for role, us in told["cpu_us"].items())
     print(
-        f"{told['rate']:8.0f} {'yes' if run.is_held else 'no':>5} {told['finished_per_s']:10.0f} "
-        f"{told['backlog_last']:8} {told['p50_ms']:7} {told['p99_ms']:7}  {used}",
+        f"{told['rate']:8.0f} {'yes' if run.is_held else 'no':>5} {told['published_per_s']:10.0f} "
+        f"{told['backlog_last']:8} {told['finished_mark_behind']:6} {told['p50_ms']:7} "
+        f"{told['p99_ms']:7}  {used}",
         flush=True,
     )

@@ -1,8 +1,9 @@
 """Requests at a fixed rate, whatever becomes of them, and what became of them.
 
-Requests are made before the clock runs and sent when they are due. What is *finished* is the committed offset
-of the pool's group, as any operator would read it, so that a backlog is everything between the append and the
-published outcome.
+Requests are made before the clock runs and sent when they are due. A backlog is everything between the append
+and the published outcome, which a reader of committed outcomes counts. The *finished* mark, the committed
+offset of the pool's group, is told beside it: it moves in the log's order, and so stands while one early
+request waits, whatever ends behind it. A run has ended once that mark has passed all of it.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ GROWN_S = 0.25
 
 @dataclass(kw_only=True)
 class Run:
-    """One run at a rate. `backlog` is what was sent and not finished, each `LOOK_S`."""
+    """One run at a rate. `backlog` is what was sent and has no outcome yet, each `LOOK_S`.
+
+    `behind` is how far the *finished* mark was behind what was sent, when the last was.
+    """
 
     rate: float
     seconds: float
     sent: int = 0
     lag_s: float = 0.0
     backlog: list[int] = field(default_factory=list)
+    behind: int = 0
     cpu_us: dict[str, float] = field(default_factory=dict)
     latency_ms: list[tuple[int, int]] = field(default_factory=list)
-    finished_per_s: float = 0.0
+    published_per_s: float = 0.0
     drained_s: float = 0.0
 
     @property
@@ -64,7 +69,8 @@ class Run:
             "seconds": self.seconds,
             "sent": self.sent,
             "held": self.is_held,
-            "finished_per_s": round(self.finished_per_s, 1),
+            "published_per_s": round(self.published_per_s, 1),
+            "finished_mark_behind": self.behind,
             "producer_lag_s": round(self.lag_s, 3),
             "backlog_first": self.backlog[0] if self.backlog else 0,
             "backlog_last": self.backlog[-1] if self.backlog else 0,
@@ -95,16 +101,32 @@ class OpenLoop:
         self._nodes = nodes
         self._runs = 0
         self.sent = 0
+        self.published = 0
         self._partitions = [TopicPartition(pool.topic, number) for number in range(PARTITIONS)]
 
     async def __aenter__(self) -> OpenLoop:
         self._looker = self._pool.kafka.consumer(group_id=self._pool.names.group)
         await self._looker.start()
         self._looker.assign(self._partitions)
+        self._outcomes = self._pool.kafka.consumer(
+            group_id=None, isolation_level="read_committed", auto_offset_reset="earliest"
+        )
+        await self._outcomes.start()
+        outcomes = [TopicPartition(self._pool.names.outcomes, number) for number in range(PARTITIONS)]
+        self._outcomes.assign(outcomes)
+        self._counting = asyncio.create_task(self._count())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._counting.cancel()
+        await asyncio.wait([self._counting])
+        await self._outcomes.stop()
         await self._looker.stop()
+
+    async def _count(self) -> None:
+        while True:
+            batches = await self._outcomes.getmany(timeout_ms=100, max_records=5000)
+            self.published += sum(map(len, batches.values()))
 
     async def finished(self) -> int:
         """How many requests lie below the *finished* marks."""
@@ -129,16 +151,17 @@ class OpenLoop:
         assert len(records) == count, f"expected {count} records, seen {len(records)}"
         for light in self._pool.light:
             await light.ask("reset")
-        before_sent, before, began_cpu = self.sent, await self.finished(), self._pool.cpu_s()
+        before_sent, before, began_cpu = self.sent, self.published, self._pool.cpu_s()
         own = time.process_time()
         async with self._pool.producer() as producer:
             began_s = time.monotonic()
-            looking = asyncio.create_task(self._look(run))
+            looking = asyncio.create_task(self._look(run, before_sent - before))
             await self._send(producer, records, run)
             took_s = time.monotonic() - began_s
             looking.cancel()
             await asyncio.wait([looking])
-        run.finished_per_s = (await self.finished() - before) / took_s
+        run.published_per_s = (self.published - before) / took_s
+        run.behind = self.sent - await self.finished()
         run.cpu_us["producer"] = (time.process_time() - own) / count * 1e6
         run.drained_s = await self.drain()
         used = self._pool.cpu_s()
@@ -165,10 +188,10 @@ class OpenLoop:
             await last
         run.lag_s = max(0.0, time.monotonic() - began_s - run.seconds)
 
-    async def _look(self, run: Run) -> None:
+    async def _look(self, run: Run, base: int) -> None:
+        """Note the backlog; `base` is what the counts differ by when nothing is under way."""
         while True:
-            sent = self.sent
-            run.backlog.append(sent - await self.finished())
+            run.backlog.append(self.sent - self.published - base)
             await asyncio.sleep(LOOK_S)
 
     async def drain(self) -> float:
@@ -179,6 +202,8 @@ class OpenLoop:
         """
         began_s = time.monotonic()
         async with asyncio.timeout(DRAINED_S):
-            while await self.finished() < self.sent:  # noqa: ASYNC110 - other processes are asked
+            while await self.finished() < self.sent:
+                if self._counting.done():
+                    self._counting.result()
                 await asyncio.sleep(0.05)
         return time.monotonic() - began_s

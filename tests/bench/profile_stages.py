@@ -8,10 +8,12 @@ from pathlib import Path
 
 STAGES = (
     ("admission.py:admit", "admit"),
+    ("scheduling/fleet.py:longest_prompt", "the longest prompt that any node takes"),
     ("services/intake.py:_take", "window: enter"),
     ("services/intake.py:run", "intake: read"),
     ("services/explain.py:", "explain"),
     ("scheduling/scheduler.py:choose", "choose"),
+    ("scheduling/batch_prices.py:", "choose"),
     ("scheduling/window.py:choose", "window: take out"),
     ("services/dispatch.py:_choose", "bind"),
     ("services/dispatch.py:_assign", "assign"),
