@@ -40,7 +40,8 @@ class Breaker:
     """One node's. `probe` is the request that it is tried with while half open.
 
     `failed_requests` holds two of the requests that failed since it last answered one: enough to tell whether
-    it was one request alone.
+    it was one request alone. `blamed` are the same since the last answer to what it was given after
+    `blamed_at_s`, its last failure.
     """
 
     state: BreakerState = BreakerState.CLOSED
@@ -49,6 +50,16 @@ class Breaker:
     probation_s: float = 0.0
     probe: str = ""
     failed_requests: set[str] = field(default_factory=set)
+    blamed: set[str] = field(default_factory=set)
+    blamed_at_s: float = 0.0
+
+    @property
+    def fails_others(self) -> bool:
+        """Whether it failed different requests, and answered none that it was given after them.
+
+        Answers that were under way when an engine began to fail everything say nothing of how it is since.
+        """
+        return len(self.blamed) > 1
 
     @property
     def is_ailing(self) -> bool:
@@ -75,6 +86,9 @@ class Breaker:
         self.failures += 1
         if len(self.failed_requests) < 2:
             self.failed_requests.add(ref)
+        if len(self.blamed) < 2:
+            self.blamed.add(ref)
+        self.blamed_at_s = now_s
         if self.state is BreakerState.OPEN:
             return False
         if self.state is BreakerState.CLOSED and self.failures < FAILURES:
@@ -84,8 +98,14 @@ class Breaker:
         self.until_s = now_s + self.probation_s * rng.uniform(0.5, 1.0)
         return True
 
-    def succeeded(self) -> bool:
-        """Note an answer, also one that was bound before the breaker opened; whether it closed by it."""
+    def succeeded(self, began_s: float) -> bool:
+        """Note an answer, also one that was bound before the breaker opened; whether it closed by it.
+
+        Args:
+            began_s: when the node was given the request, by the clock of `failed`.
+        """
+        if began_s > self.blamed_at_s:
+            self.blamed.clear()
         was_closed = self.state is BreakerState.CLOSED
         self.state, self.failures, self.probation_s, self.probe = BreakerState.CLOSED, 0, 0.0, ""
         self.failed_requests.clear()

@@ -2,20 +2,24 @@
 
 Only failures of the engine count toward the cap; work that was merely given back (draining,
 overloaded, fenced) returns at once and costs nothing. While most of a model's nodes fail everything, a
-failure says nothing of the request and does not count. A request under which engines die is poison, and ends
-before it has been everywhere. The delay is capped exponential with full jitter (AWS architecture blog,
-"Exponential backoff and jitter").
+failure says nothing of the request and does not count. That is known only after some failures of each
+node: so the last failure that a request may have does not count either while the nodes that failed it fail
+others as well. A request under which engines die is poison, and ends before it has been everywhere. The
+delay is capped exponential with full jitter (AWS architecture blog, "Exponential backoff and jitter").
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause, Reason
 from dispatcher.scheduling.outage import NO_OUTAGE, Outage
 
 MAX_FAILURES = 4
+WITNESSES = 2
+"""Of the nodes that failed a request so many must be well, or all of fewer, for it to be at fault."""
 POISON_NODES = 2
 """Engines of so many nodes died under a request: it is poison."""
 POISON_CRASHES = 3
@@ -35,6 +39,22 @@ class Past:
 
     failures: int = 0
     crashed: tuple[str, ...] = ()
+
+
+class Nodes(NamedTuple):
+    """Nodes that failed a request: how many, and how many of them fail no other."""
+
+    tried: int
+    well: int
+
+    @property
+    def accuse(self) -> bool:
+        """Whether enough of them are well for the request to be at fault."""
+        return self.well >= min(WITNESSES, self.tried)
+
+
+UNKNOWN_NODES = Nodes(tried=0, well=0)
+"""Nothing is known of them: the request is at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +80,12 @@ def is_given_back(cause: FailureCause) -> bool:
 
 
 def decide(
-    failed: FailedAttempt, past: Past, rng: random.Random, *, outage: Outage = NO_OUTAGE
+    failed: FailedAttempt,
+    past: Past,
+    rng: random.Random,
+    *,
+    outage: Outage = NO_OUTAGE,
+    nodes: Nodes = UNKNOWN_NODES,
 ) -> RetryAfter | GiveUp:
     """Decide about an attempt that failed, after what the request has behind it."""
     cause = failed.cause
@@ -76,8 +101,9 @@ def decide(
         crashed = (*crashed, failed.node)
         if len(set(crashed)) >= POISON_NODES or len(crashed) >= POISON_CRASHES:
             return GiveUp(reason=Reason.POISON)
-    is_excused = outage.excuses_failure
-    if not is_excused and past.failures + 1 >= MAX_FAILURES:
+    is_last = past.failures + 1 >= MAX_FAILURES
+    is_excused = outage.excuses_failure or (is_last and not nodes.accuse)
+    if is_last and not is_excused:
         return GiveUp(reason=Reason.ATTEMPTS_EXHAUSTED)
     ceiling = MAX_DELAY_S if is_excused else min(MAX_DELAY_S, BASE_DELAY_S * 2**past.failures)
     return RetryAfter(

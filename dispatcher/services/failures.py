@@ -18,7 +18,7 @@ from dispatcher.protocol.names import JobId, Ref
 from dispatcher.protocol.outcome import FailedAttempt, FailureCause, Reason
 from dispatcher.scheduling.breaker import ENGINE_FAILURES
 from dispatcher.scheduling.outage import Outage, outage_of
-from dispatcher.scheduling.retry import GiveUp, Past, RetryAfter, decide, is_given_back
+from dispatcher.scheduling.retry import GiveUp, Nodes, Past, RetryAfter, decide, is_given_back
 from dispatcher.scheduling.window import Waiting
 from dispatcher.services.persist import until_answered
 from dispatcher.services.publication import ReadyEnding, cut_attempt, error_text, given_up
@@ -198,7 +198,7 @@ class Failures:
     def _decide(self, failure: _Failure, outage: Outage) -> RetryAfter | GiveUp:
         state, failed, bound = self._state, failure.failed, failure.bound
         past = Past(failures=bound.failures, crashed=bound.crashed)
-        verdict = decide(failed, past, state.rng, outage=outage)
+        verdict = decide(failed, past, state.rng, outage=outage, nodes=self._nodes_of(failure))
         state.metrics.crashes.inc(failed.crash)
         if isinstance(verdict, RetryAfter) and verdict.is_paid:
             state.metrics.failures_excused.inc(verdict.past.failures == past.failures)
@@ -215,6 +215,12 @@ class Failures:
             verdict=verdict.reason.value if isinstance(verdict, GiveUp) else "retry",
         )
         return verdict
+
+    def _nodes_of(self, failure: _Failure) -> Nodes:
+        """Those that failed a request, and are still there."""
+        names = {*failure.bound.excluded, failure.failed.node}
+        known = [node for name in names if (node := self._state.fleet.nodes.get(name)) is not None]
+        return Nodes(tried=len(known), well=sum(not node.breaker.fails_others for node in known))
 
     async def _earlier_attempts(self, job: JobId) -> list[FailedAttempt]:
         """The failed attempts before this one, as its job tells; fewer after a loss of Redis data."""

@@ -68,7 +68,9 @@ def _learn(state: LeaderState, line: _Line) -> None:
     state.metrics.hit_tokens.labels("reported").inc(usage.cached_tokens)
     state.metrics.hit_tokens.labels("predicted").inc(line.predicted_cached_tokens)
     node = state.fleet.nodes.get(line.node)
-    if node is not None and node.breaker.succeeded():
+    timing = line.timing
+    took_s = max(0, timing.ended - timing.claimed) / 1000 if timing.claimed else 0.0
+    if node is not None and node.breaker.succeeded(state.clock.monotonic() - took_s):
         state.log.info("node trusted again", node=node.name)
     if node is not None:
         node.answers.observe(usage.completion_tokens)

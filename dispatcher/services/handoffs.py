@@ -102,7 +102,7 @@ class Handoffs:
         node = self._state.fleet.nodes.get(handoff.node)
         if node is None:
             return
-        node.breaker.succeeded()
+        node.breaker.succeeded(self._state.clock.monotonic() - handoff.prefill_us / 1e6)
         if handoff.prefill_us and handoff.has_blocks:
             uncached = handoff.prompt_tokens - handoff.cached_tokens
             node.predictor.observe(uncached, handoff.cached_tokens, handoff.prefill_us / 1e6)

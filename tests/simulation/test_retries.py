@@ -145,14 +145,19 @@ def retries_beyond_budget(
 
 
 @pytest.mark.parametrize(
-    ("is_dead", "kills_leader", "floor"),
-    [(True, False, SCARCE), (False, False, SCARCE), (False, True, SCARCE), (False, False, AMPLE)],
+    ("is_dead", "kills_leader", "floor", "seed"),
+    [
+        (True, False, SCARCE, 7),
+        (False, False, SCARCE, 7),
+        (False, True, SCARCE, 7),
+        *((False, False, AMPLE, seed) for seed in (5, 7, 9, 12)),
+    ],
 )
 def test_an_outage_of_all_engines_is_no_storm_and_ends_no_request(
-    is_dead: bool, kills_leader: bool, floor: float
+    is_dead: bool, kills_leader: bool, floor: float, seed: int
 ) -> None:
     async def main() -> None:
-        scene = Scene(seed=7, nodes=10, floor=floor)
+        scene = Scene(seed=seed, nodes=10, floor=floor)
         scene.start()
         for number in range(80):
             scene.append(f"r{number}")

@@ -30,7 +30,7 @@ def test_failures_in_a_row_open_it_and_an_answer_between_them_does_not_let_them_
     breaker = Breaker()
     for _ in range(10):
         assert not breaker.failed("r", 0.0, RNG)
-        assert not breaker.succeeded()
+        assert not breaker.succeeded(1e9)
     assert breaker.admits
     assert not opened().admits
 
@@ -64,7 +64,7 @@ def test_an_answer_closes_it_and_a_failed_try_opens_it_for_longer() -> None:
     assert max(lasted) == LONGEST_PROBATION_S
     now_s += LONGEST_PROBATION_S
     assert breaker.tick(now_s)
-    assert breaker.succeeded()
+    assert breaker.succeeded(1e9)
     assert breaker.state is BreakerState.CLOSED
     assert not breaker.failed("r", now_s, RNG)
     assert breaker.probation_s == 0
@@ -94,7 +94,7 @@ def test_it_is_ailing_when_it_fails_more_than_one_request_and_until_it_answers()
     ailing.append(breaker.is_ailing)
     breaker.tick(LONGEST_PROBATION_S)  # a try that is not answered yet proves nothing
     ailing.append(breaker.is_ailing)
-    breaker.succeeded()
+    breaker.succeeded(1e9)
     ailing.append(breaker.is_ailing)
     for ref in ("r1", "r2"):
         breaker.failed(ref, 0.0, RNG)  # still closed, which is trust
@@ -112,7 +112,7 @@ def test_whatever_happens_it_admits_again_within_the_longest_probation(events: l
             case "fail":
                 breaker.failed("r", now_s, RNG)
             case "answer":
-                breaker.succeeded()
+                breaker.succeeded(1e9)
             case "tick":
                 breaker.tick(now_s)
             case "bind" if breaker.admits:
@@ -124,3 +124,17 @@ def test_whatever_happens_it_admits_again_within_the_longest_probation(events: l
     breaker.released("r")
     breaker.tick(now_s + LONGEST_PROBATION_S)
     assert breaker.admits
+
+
+def test_answers_that_were_under_way_do_not_tell_that_it_is_well_since() -> None:
+    breaker = Breaker()
+    for now_s, ref in ((10.0, "a"), (11.0, "b")):
+        breaker.failed(ref, now_s, RNG)
+        breaker.succeeded(9.0)
+    assert breaker.state is BreakerState.CLOSED
+    assert breaker.fails_others
+    breaker.succeeded(11.5)
+    assert not breaker.fails_others
+    breaker.failed("a", 12.0, RNG)
+    breaker.failed("a", 13.0, RNG)
+    assert not breaker.fails_others

@@ -44,7 +44,7 @@ def test_most_nodes_that_fail_different_requests_are() -> None:
     fail(fleet, "n1", "b", "c")
     assert seen(fleet) == Outage(nodes=3, ailing=2, down=2)
     assert seen(fleet).excuses_failure
-    fleet.nodes["n1"].breaker.succeeded()
+    fleet.nodes["n1"].breaker.succeeded(1e9)
     assert not seen(fleet).excuses_failure
 
 

@@ -16,6 +16,7 @@ from dispatcher.scheduling.retry import (
     MAX_FAILURES,
     POISON_CRASHES,
     GiveUp,
+    Nodes,
     Past,
     RetryAfter,
     decide,
@@ -186,3 +187,24 @@ def test_more_engines_down_than_one_poison_kills_are_no_request_s_doing() -> Non
     few = Outage(nodes=6, ailing=0, down=3)
     verdict_of_few = verdict_on(FailureCause.TRUNCATED, node="n2", crash=True, crashed=("n1",), outage=few)
     assert verdict_of_few == GiveUp(reason=Reason.POISON)
+
+
+@pytest.mark.parametrize(
+    ("tried", "well", "is_at_fault"),
+    [(4, 0, False), (4, 1, False), (4, 2, True), (4, 4, True), (1, 0, False), (1, 1, True), (0, 0, True)],
+)
+def test_the_last_failure_counts_only_where_enough_of_its_nodes_fail_no_others(
+    tried: int, well: int, is_at_fault: bool
+) -> None:
+    failed = FailedAttempt(attempt="1_4", node="n1", cause=FailureCause.ENGINE_ERROR)
+    nodes = Nodes(tried=tried, well=well)
+    last = decide(failed, Past(failures=MAX_FAILURES - 1), random.Random(1), nodes=nodes)
+    if is_at_fault:
+        assert last == GiveUp(reason=Reason.ATTEMPTS_EXHAUSTED)
+    else:
+        assert isinstance(last, RetryAfter)
+        assert last.past.failures == MAX_FAILURES - 1
+        assert last.is_paid
+    before = decide(failed, Past(failures=1), random.Random(1), nodes=nodes)
+    assert isinstance(before, RetryAfter)
+    assert before.past.failures == 2
