@@ -72,6 +72,14 @@ class ReadOnlyRedis(_Only):
     def __init__(self, client: Redis) -> None:
         super().__init__(client, REDIS_READS | {"aclose"}, "Redis")
 
+    def execute_command(self, command: str, *arguments: Any) -> Any:
+        """A plain command, if it reads."""
+        if command.lower() not in REDIS_READS:
+            raise WriteRefused(
+                f"Redis: expected one of {', '.join(sorted(REDIS_READS))}, seen the command {command}"
+            )
+        return self._inner.execute_command(command, *arguments)
+
     def pipeline(self, *, transaction: bool) -> Any:
         """Several reads in one round trip."""
         return _Only(

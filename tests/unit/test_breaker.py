@@ -131,10 +131,9 @@ def test_answers_that_were_under_way_do_not_tell_that_it_is_well_since() -> None
     for now_s, ref in ((10.0, "a"), (11.0, "b")):
         breaker.failed(ref, now_s, RNG)
         breaker.succeeded(9.0)
-    assert breaker.state is BreakerState.CLOSED
-    assert breaker.fails_others
+    assert (breaker.state, breaker.fails_others) == (BreakerState.CLOSED, True)
     breaker.succeeded(11.5)
-    assert not breaker.fails_others
+    assert (breaker.state, breaker.fails_others) == (BreakerState.CLOSED, False)
     breaker.failed("a", 12.0, RNG)
     breaker.failed("a", 13.0, RNG)
-    assert not breaker.fails_others
+    assert (breaker.state, breaker.fails_others) == (BreakerState.CLOSED, False)

@@ -34,7 +34,6 @@ WRITES = (
         "eval",
         "evalsha",
         "script_load",
-        "execute_command",
         "expire",
         "pexpire",
         "rename",
@@ -91,3 +90,16 @@ def test_kafka_can_only_be_read_and_outside_any_group() -> None:
     for name in ("create_topics", "delete_records", "alter_configs", "create_partitions", "delete_topics"):
         with pytest.raises(WriteRefused):
             getattr(admin, name)()
+
+
+def test_a_plain_command_is_let_through_only_if_it_reads() -> None:
+    calls: list[str] = []
+    client = ReadOnlyRedis(Recorder(calls))
+    client.execute_command("XREAD", b"COUNT", 1, b"STREAMS", "s", b"0")
+    assert calls == ["execute_command"]
+    with pytest.raises(WriteRefused, match="seen execute_command"):
+        client.pipeline(transaction=True).execute_command("XREAD", "s")
+    for command in ("XADD", "EVALSHA", "del", "FLUSHALL"):
+        with pytest.raises(WriteRefused, match=f"seen the command {command}"):
+            client.execute_command(command, "s")
+    assert calls == ["execute_command"]
