@@ -57,6 +57,7 @@ async def run() -> dict[str, Any]:
         await pool.start_dispatcher()
         await pool.start_nodes(NODES, "--drain", "--max-running", "256")
         async with OpenLoop(pool, NODES) as loop:
+            await _burst(pool, loop, await _records(pool, "warm-up", KINDS["1 kB"], REQUESTS))
             for name, kind in KINDS.items():
                 records = await _records(pool, name, kind, REQUESTS)
                 row = rows[name] = await _burst(pool, loop, records)

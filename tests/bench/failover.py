@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from dispatcher.protocol.names import Attempt
 from tests.bench.machine import percentile
 
 LEADER_TTL_S = 1.0
-LEADER_KILLS = 20
+LEADER_KILLS = int(os.environ.get("FLEXLB_BENCH_KILLS", "10"))
 AGENT_FREEZES = 5
 REDIS_LOSSES = 3
 RATE = 50.0
