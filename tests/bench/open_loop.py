@@ -26,6 +26,8 @@ LAGGING_S = 0.5
 """A producer that is later than this did not keep its rate."""
 GROWN_S = 0.25
 """A backlog that grew by less than so many seconds of requests is flat."""
+LEAST_PUBLISHED = 0.9
+"""Of the rate, by outcomes within the run: a backlog may be flat and high in a short one."""
 
 
 @dataclass(kw_only=True)
@@ -55,8 +57,9 @@ class Run:
 
     @property
     def is_held(self) -> bool:
-        """Whether the rate was produced, and the backlog stayed flat."""
-        return self.lag_s <= LAGGING_S and self.grown <= GROWN_S * self.rate
+        """Whether the rate was produced and as many outcomes came, and the backlog stayed flat."""
+        is_answered = self.published_per_s >= LEAST_PUBLISHED * self.rate
+        return is_answered and self.lag_s <= LAGGING_S and self.grown <= GROWN_S * self.rate
 
     def percentile_ms(self, share: float) -> int:
         """A percentile of the time from append to a node's hands: milliseconds."""

@@ -23,17 +23,19 @@ def test_percentiles_of_counts_are_those_of_the_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backlog", "lag_s", "is_held"),
+    ("backlog", "lag_s", "published_per_s", "is_held"),
     [
-        ([0, 50, 52, 49, 51, 50, 53, 50], 0.0, True),
-        ([0, 50, 100, 150, 200, 250, 300, 350], 0.0, False),
-        ([0, 50, 52, 49, 51, 50, 53, 50], 1.0, False),
+        ([0, 5, 6, 4, 5, 5, 5, 5], 0.0, 97.0, True),
+        ([0, 5, 10, 15, 40, 70, 90, 99], 0.0, 97.0, False),
+        ([0, 5, 6, 4, 5, 5, 5, 5], 1.0, 97.0, False),
+        ([0, 50, 50, 50, 50, 50, 50, 50], 0.0, 75.0, False),
     ],
 )
-def test_a_rate_is_held_when_it_was_sent_and_its_backlog_is_flat(
-    backlog: list[int], lag_s: float, is_held: bool
+def test_a_rate_is_held_when_it_was_sent_and_answered_and_its_backlog_is_flat(
+    backlog: list[int], lag_s: float, published_per_s: float, is_held: bool
 ) -> None:
-    assert Run(rate=100, seconds=2, backlog=backlog, lag_s=lag_s).is_held is is_held
+    run = Run(rate=100, seconds=2, backlog=backlog, lag_s=lag_s, published_per_s=published_per_s)
+    assert run.is_held is is_held
 
 
 def test_a_predicted_hit_is_compared_with_the_held_beginning() -> None:
