@@ -325,6 +325,7 @@ class Fleet:
         self.nodes: dict[str, NodeState] = {}
         self._by_model: dict[str, list[NodeState]] = {}
         self._split: set[str] = set()
+        self._longest: dict[str, int] = {}
         self._shapes: dict[tuple[str, ...], PrefillShape] = {}
         self._answers: dict[tuple[str, ...], AnswerLength] = {}
         self.version = 0
@@ -360,7 +361,7 @@ class Fleet:
 
     def _index(self) -> None:
         self.version += 1
-        self._by_model, self._split = {}, set()
+        self._by_model, self._split, self._longest = {}, set(), {}
         served = {node.identity.models for node in self.nodes.values()}
         for learned in (self._shapes, self._answers):
             for models in learned.keys() - served:
@@ -381,7 +382,12 @@ class Fleet:
 
     def longest_prompt(self, model: str) -> int:
         """The longest prompt that any node of `model` can hold, in tokens; 0 when nobody serves it."""
-        return max((node.longest_prompt() for node in self.serving(model)), default=0)
+        longest = self._longest.get(model)
+        if longest is None:
+            longest = max((node.longest_prompt() for node in self.serving(model)), default=0)
+            if model in self._by_model:
+                self._longest[model] = longest
+        return longest
 
     def reserve(
         self,

@@ -109,6 +109,7 @@ def totals_of(
     answers, shape = None, None
     alone_s = token_s = answer_s = 0.0
     tokens = 0
+    usual: int | None = None
     totals, hits, waits, prefills = [], [], [], []
     for node in nodes:
         load = node.load
@@ -126,19 +127,20 @@ def totals_of(
             prefill_s = scheduler.prefill_s(node, envelope, hit, blocks)
         else:
             prefill_s = predictor.scale * alone_s
+        elapsed_s = now_s - load.since_s
+        wait_s = load.prompts_s
+        if elapsed_s > 0.0 and wait_s:
+            wait_s -= elapsed_s if elapsed_s < load.most_s else load.most_s
+            if wait_s < 0.0:
+                wait_s = 0.0
+            if elapsed_s > load.overdue_s:
+                wait_s += elapsed_s - load.overdue_s
+        if load.unknown_tokens:
+            wait_s += load.unknown_tokens * token_s * predictor.scale
         if node.last_heard_s < fresh_s:
-            wait_s = scheduler.queued_s(node, envelope.model)
-        else:
-            elapsed_s = now_s - load.since_s
-            wait_s = load.prompts_s
-            if elapsed_s > 0.0 and wait_s:
-                wait_s -= elapsed_s if elapsed_s < load.most_s else load.most_s
-                if wait_s < 0.0:
-                    wait_s = 0.0
-                if elapsed_s > load.overdue_s:
-                    wait_s += elapsed_s - load.overdue_s
-            if load.unknown_tokens:
-                wait_s += load.unknown_tokens * token_s * predictor.scale
+            if usual is None:
+                usual = scheduler.fleet.stale_tokens(envelope.model, scheduler.healthy_s)
+            wait_s = max(wait_s, (usual + node.unseen_tokens) * token_s * predictor.scale)
         if load.room_tokens < (prompt + 1 if load.is_prefill else tokens):
             wait_s += load.slot_wait_s
         total = wait_s + prefill_s * work + pressure_s * load.pressure

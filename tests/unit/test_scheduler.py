@@ -470,3 +470,17 @@ def test_what_was_learned_of_models_that_nobody_serves_is_forgotten() -> None:
     for number in range(20):
         fleet.admit(NodeIdentity(node="n0", incarnation=str(number), models=(f"m{number}",)), 0.0)
     assert (len(fleet._shapes), len(fleet._answers)) == (1, 1)
+
+
+def test_the_longest_prompt_of_a_model_follows_who_is_there() -> None:
+    scene = Scene(1)
+    usual = scene.fleet.longest_prompt("m")
+    assert usual > 0
+    assert scene.fleet.longest_prompt("unknown") == 0
+    scene.add("big", max_model_len=usual + 1_000)
+    assert scene.fleet.longest_prompt("m") == usual + 1_000
+    scene.add("big", max_model_len=usual + 1_000, kv_total_tokens=usual + 500)
+    assert scene.fleet.longest_prompt("m") == usual + 500
+    scene.fleet.forget("big")
+    assert scene.fleet.longest_prompt("m") == usual
+    assert scene.fleet.longest_prompt("unknown") == 0
