@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dispatcher.protocol.assignment import Envelope
 from dispatcher.protocol.explanation import Rule
-from dispatcher.protocol.node import Role
-from dispatcher.scheduling.choice import Choice, Planned
-from dispatcher.scheduling.fleet import STALE_S, Load, NodeState
+from dispatcher.scheduling.choice import MOST_HOLDERS, STEP_TOKENS, Choice, Planned
+from dispatcher.scheduling.columns import Candidates, Columns, Floats, Rows
+from dispatcher.scheduling.fleet import STALE_S
 from dispatcher.scheduling.policies import Totals, choose_least, totals_of
-from dispatcher.scheduling.prefix_index import Match, PrefixIndex
+from dispatcher.scheduling.prefix_index import Match
 from dispatcher.scheduling.prompt_queue import BURST_S
 from dispatcher.scheduling.stages import transfer_s
 
@@ -32,110 +32,6 @@ if TYPE_CHECKING:
 
 FEWEST = 4
 """Requests that are worth pricing together."""
-Floats = NDArray[np.float64]
-Rows = NDArray[np.intp]
-
-
-class _Columns:
-    """The nodes that serve a model, by columns; a row is renewed once its node's load is measured anew.
-
-    What is read besides the load (scale, eligibility) is of that moment, too: every report brings a new one.
-    """
-
-    def __init__(self, nodes: Sequence[NodeState], version: int) -> None:
-        count, first = len(nodes), nodes[0]
-        self.nodes = nodes
-        self.version = version
-        self.is_uniform = all(
-            node.predictor.shape is first.predictor.shape and node.answers is first.answers for node in nodes
-        )
-        self.loads: list[Load | None] = [None] * count
-        self.numbers: Rows = np.full(count, -1, dtype=np.intp)
-        self.row_of: list[int] = []
-        self.numbered = -1
-        (
-            self.room,
-            self.slot_s,
-            self.prompts_s,
-            self.since_s,
-            self.most_s,
-            self.overdue_s,
-            self.unknown,
-            self.decoding,
-            self.pressure,
-            self.squares,
-            self.squares_at_s,
-            self.scale,
-            self.heard_s,
-            self.unseen,
-            self.feedback_s,
-            self.longest,
-            self.engine_block,
-        ) = np.zeros((17, count))
-        self.is_prefill = np.zeros(count, dtype=bool)
-
-    def renew(self) -> None:
-        """Take over what changed."""
-        loads = self.loads
-        for row, node in enumerate(self.nodes):
-            if node.known_load is not loads[row] or loads[row] is None:
-                self._renew(row, node)
-
-    def _renew(self, row: int, node: NodeState) -> None:
-        load = self.loads[row] = node.load
-        self.room[row] = load.room_tokens
-        self.slot_s[row] = load.slot_wait_s
-        self.prompts_s[row] = load.prompts_s
-        self.since_s[row] = load.since_s
-        self.most_s[row] = load.most_s
-        self.overdue_s[row] = load.overdue_s
-        self.unknown[row] = load.unknown_tokens
-        self.decoding[row] = load.decoding
-        self.pressure[row] = load.pressure
-        self.squares[row] = load.burst.squares
-        self.squares_at_s[row] = load.burst.at_s
-        self.scale[row] = node.predictor.scale
-        self.heard_s[row] = node.last_heard_s
-        self.unseen[row] = node.unseen_tokens
-        self.feedback_s[row] = node.feedback_s
-        may_take = node.is_eligible and node.identity.role is not Role.VIT
-        self.longest[row] = node.longest_prompt() if may_take else -1.0
-        self.engine_block[row] = node.identity.engine_block_size or 1
-        self.is_prefill[row] = load.is_prefill
-
-    def number(self, index: PrefixIndex) -> None:
-        """Take over the index's numbers of the nodes; -1 of one that it never heard of."""
-        if self.numbered != index.version:
-            self.numbered = index.version
-            self.numbers[:] = [index.numbers.get(node.name, -1) for node in self.nodes]
-            self.row_of = [-1] * (max(index.numbers.values(), default=-1) + 1)
-            for row, number in enumerate(self.numbers.tolist()):
-                if number >= 0:
-                    self.row_of[number] = row
-
-
-class Candidates(Sequence[NodeState]):
-    """The nodes that a request was priced for."""
-
-    __slots__ = ("_nodes", "_rows")
-
-    def __init__(self, nodes: Sequence[NodeState], rows: Rows) -> None:
-        self._nodes = nodes
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[NodeState]:
-        # A node that was drawn twice counts once.
-        return iter({row: self._nodes[row] for row in self._rows.tolist()}.values())
-
-    @overload
-    def __getitem__(self, at: int) -> NodeState: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[NodeState]: ...
-    def __getitem__(self, at: int | slice) -> NodeState | Sequence[NodeState]:
-        return list(self)[at]
 
 
 class BatchPrices:
@@ -145,7 +41,7 @@ class BatchPrices:
         self._scheduler = scheduler
         self._rng = rng
         self._random: np.random.Generator | None = None
-        self._columns: dict[str, _Columns] = {}
+        self._columns: dict[str, Columns] = {}
         self._places: dict[str, int] = {}
         self._fresh: set[bytes] = set()
 
@@ -170,7 +66,7 @@ class BatchPrices:
         columns.number(scheduler.index)
         matches = [scheduler.index.match(one) for one in blocks]
         rows = self._candidates(columns, matches)
-        self._price(columns, envelopes, rows, _depths(columns, matches, rows))
+        self._price(columns, envelopes, rows, columns.depths(matches, rows))
         self._nodes, self._loads, self._blocks = columns.nodes, columns.loads, blocks
         self._matches = matches
         self._deepest = [found[0].blocks if found else 0 for found in matches]
@@ -246,20 +142,19 @@ class BatchPrices:
             return Rule.LEAST_COST
         return Rule.MOST_CACHED if self._most_cached[at] == 1 else Rule.CHANCE
 
-    def _columns_of(self, model: str) -> _Columns:
+    def _columns_of(self, model: str) -> Columns:
         fleet = self._scheduler.fleet
         columns = self._columns.get(model)
         if columns is None or columns.version != fleet.version:
             self._columns = {name: one for name, one in self._columns.items() if one.version == fleet.version}
-            columns = self._columns[model] = _Columns(fleet.serving(model), fleet.version)
+            columns = self._columns[model] = Columns(fleet.serving(model), fleet.version)
         return columns
 
-    def _candidates(self, columns: _Columns, matches: Sequence[list[Match]]) -> Rows:
+    def _candidates(self, columns: Columns, matches: Sequence[list[Match]]) -> Rows:
         """For each request the rows of some holders, and of random nodes, one of each part of the fleet."""
         scheduler = self._scheduler
         assert self._random is not None
-        most = scheduler.most_holders
-        count = most + scheduler.parameters.sampled
+        count = MOST_HOLDERS + scheduler.parameters.sampled
         # Parts are counted from anywhere: holders take the place of the first ones.
         first = self._random.random((len(matches), 1)) * count
         drawn = (self._random.random((len(matches), count)) + np.arange(count) + first) % count
@@ -267,11 +162,13 @@ class BatchPrices:
         row_of, holding = columns.row_of, scheduler.index.holding
         for at, found in enumerate(matches):
             if found:
-                held = [row for number in holding(found, most, self._rng) if (row := row_of[number]) >= 0]
+                held = [
+                    row for number in holding(found, MOST_HOLDERS, self._rng) if (row := row_of[number]) >= 0
+                ]
                 rows[at, : len(held)] = held
         return rows
 
-    def _price(self, columns: _Columns, envelopes: Sequence[Envelope], rows: Rows, depths: Rows) -> None:
+    def _price(self, columns: Columns, envelopes: Sequence[Envelope], rows: Rows, depths: Rows) -> None:
         """What `policies.prefill_cost` says: see there."""
         scheduler = self._scheduler
         parameters, now_s = scheduler.parameters, scheduler.now_s
@@ -308,10 +205,10 @@ class BatchPrices:
             ]
             totals += np.where(is_prefill, np.array(moved_s)[:, None], 0.0)
         totals = np.where(columns.longest[rows] >= prompt, totals, np.inf)
-        step_s = scheduler.step_tokens * cost.token_s
+        step_s = STEP_TOKENS * cost.token_s
         self._choose(columns, rows, depths, hits, waits, prefill_s, totals, has_space, step_s)
 
-    def _queues(self, columns: _Columns, token_s: float, model: str) -> Floats:
+    def _queues(self, columns: Columns, token_s: float, model: str) -> Floats:
         """Predicted seconds of prefill work that each node has, without a slot's."""
         scheduler = self._scheduler
         elapsed_s = np.maximum(0.0, scheduler.now_s - columns.since_s)
@@ -327,7 +224,7 @@ class BatchPrices:
 
     def _choose(
         self,
-        columns: _Columns,
+        columns: Columns,
         rows: Rows,
         depths: Rows,
         hits: Floats,
@@ -360,28 +257,3 @@ class BatchPrices:
         self._has_room = (has_space[at, drawn] & (waits[at, drawn] <= lookahead_s)).tolist()
         self._near = near.sum(axis=1).tolist()
         self._most_cached = most_cached.sum(axis=1).tolist()
-
-
-def _depths(columns: _Columns, matches: Sequence[list[Match]], rows: Rows) -> Rows:
-    """How many blocks each candidate holds."""
-    depths = np.zeros(rows.shape, dtype=np.intp)
-    levels = max(map(len, matches), default=0)
-    if not levels:
-        return depths
-    size = len(columns.row_of) // 8 + 1
-    packed = bytearray(len(matches) * levels * size)
-    blocks = np.zeros((len(matches), levels), dtype=np.intp)
-    for at, found in enumerate(matches):
-        for level, match in enumerate(found):
-            start = (at * levels + level) * size
-            packed[start : start + size] = match.nodes.to_bytes(size, "little")
-            blocks[at, level] = match.blocks
-    bits = np.frombuffer(packed, dtype=np.uint8).reshape(len(matches), levels, size)
-    numbers = columns.numbers[rows]
-    place, shift = np.maximum(numbers, 0) >> 3, (numbers & 7).astype(np.uint8)
-    requests = np.arange(len(matches))[:, None]
-    # Each node is named at one depth only.
-    for level in range(levels):
-        holds = (bits[requests, level, place] >> shift) & 1
-        depths += np.where(holds & (numbers >= 0), blocks[:, level, None], 0)
-    return depths

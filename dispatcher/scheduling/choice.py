@@ -17,6 +17,12 @@ TTFT_POOL = CandidatePool()
 """The original's defaults."""
 
 
+MOST_HOLDERS = 16
+"""Of a large fleet, this many holders of the prefix are looked at, besides the random others."""
+STEP_TOKENS = 2_048
+"""About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulingParameters:
     """How `prefill_cost` weighs: seconds that a request waits itself, and what it does to the others.

@@ -253,12 +253,7 @@ class PrefixIndex:
     def depth(self, matches: Sequence[Match], node: str) -> int:
         """How many blocks a node holds, by the matches of a prompt."""
         number = self._numbers.get(node)
-        if number is not None:
-            bit = 1 << number
-            for match in matches:
-                if match.nodes & bit:
-                    return match.blocks
-        return 0
+        return _depth(matches, number) if number is not None else 0
 
     def depths(self, matches: Sequence[Match], nodes: Iterable[Named]) -> dict[str, int]:
         """How many blocks those of `nodes` hold that hold any, by name."""
@@ -273,10 +268,7 @@ class PrefixIndex:
             name = node.name
             number = numbers.get(name)
             if number is not None and held >> number & 1:
-                for match in matches:
-                    if match.nodes >> number & 1:
-                        found[name] = match.blocks
-                        break
+                found[name] = _depth(matches, number)
         return found
 
     def holders(self, matches: Sequence[Match], most: int, rng: random.Random) -> list[str]:
@@ -340,3 +332,10 @@ def _numbers(bits: int) -> list[int]:
         numbers.append(lowest.bit_length() - 1)
         bits ^= lowest
     return numbers
+
+
+def _depth(matches: Sequence[Match], number: int) -> int:
+    for match in matches:
+        if match.nodes >> number & 1:
+            return match.blocks
+    return 0

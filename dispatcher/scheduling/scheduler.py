@@ -16,7 +16,14 @@ from dispatcher.protocol.handoff import Stage
 from dispatcher.protocol.node import Medium, Role
 from dispatcher.scheduling.batch_prices import FEWEST, BatchPrices
 from dispatcher.scheduling.batches import Batches
-from dispatcher.scheduling.choice import Capacity, Choice, Planned, SchedulingParameters
+from dispatcher.scheduling.choice import (
+    MOST_HOLDERS,
+    STEP_TOKENS,
+    Capacity,
+    Choice,
+    Planned,
+    SchedulingParameters,
+)
 from dispatcher.scheduling.fleet import FULL, KV_BYTES_PER_TOKEN, STALE_S, Fleet, NodeState
 from dispatcher.scheduling.policies import ASKS_FOR_ROOM, POLICIES, prefill_cost
 from dispatcher.scheduling.prefix_index import Match, PrefixIndex
@@ -24,12 +31,8 @@ from dispatcher.scheduling.stages import DECODE_POLICIES, choose_decode
 
 ALL_LOOKED_AT = 32
 """Fleets up to this size are looked at whole."""
-MOST_HOLDERS = 16
-"""Of larger ones, this many holders of the prefix, besides the random others."""
 MOST_SAMPLED = 64
 """About so many nodes are asked whether they are busy."""
-STEP_TOKENS = 2_048
-"""About what an engine computes in one step of chunked prefill (vLLM's default budget)."""
 LOAD_S_PER_TOKEN: Mapping[Medium, float] = {
     Medium.CPU: KV_BYTES_PER_TOKEN / 20e9,
     Medium.DISK: KV_BYTES_PER_TOKEN / 5e9,
@@ -319,16 +322,6 @@ class Scheduler:
         """A counter for policies that take turns."""
         self._turn += 1
         return self._turn
-
-    @property
-    def most_holders(self) -> int:
-        """How many holders of a prefix are looked at in a large fleet."""
-        return MOST_HOLDERS
-
-    @property
-    def step_tokens(self) -> int:
-        """What an engine computes in one step."""
-        return STEP_TOKENS
 
     @property
     def healthy_s(self) -> float:
