@@ -134,8 +134,9 @@ class BatchPrices:
         return choice if choice.node.is_eligible else None
 
     def note(self, blocks: Sequence[bytes]) -> None:
-        """Note what a choice that was priced alone will have cached."""
-        self._fresh.update(blocks)
+        """Note what a choice that was priced alone will have cached, for those still to be taken."""
+        if self._places:
+            self._fresh.update(blocks)
 
     def _rule(self, at: int) -> Rule:
         if self._near[at] == 1:

@@ -323,6 +323,13 @@ def test_what_is_priced_alone_is_priced_alone() -> None:
     assert not any(scene.scheduler.is_prepared(one.ref) for one in envelopes)
 
 
+def test_choices_outside_of_rounds_leave_nothing_behind() -> None:
+    scene = quiet()
+    for _ in range(50):
+        assert scene.scheduler.choose(scene.request(length=20), (), {}) is not None
+    assert scene.scheduler._batch._fresh == set()
+
+
 def test_small_fleets_and_caches_on_slower_tiers_are_looked_at_one_by_one() -> None:
     assert not quiet(ALL_LOOKED_AT).scheduler.wants_batch("m")
     scene = quiet(ALL_LOOKED_AT + 1)
