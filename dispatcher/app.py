@@ -20,18 +20,15 @@ from dispatcher.backends.outcome_log import OutcomeLog
 from dispatcher.backends.request_log import CancelLog, RequestLog
 from dispatcher.backends.scripts import Redis, ScriptRunner
 from dispatcher.backends.store_view import StoreView
-from dispatcher.protocol.names import Lane, Names
-from dispatcher.scheduling.admission import AdmissionLimits
+from dispatcher.parameters import admission_limits, overload_parameters, scheduling_parameters
+from dispatcher.protocol.names import Names
 from dispatcher.scheduling.batches import Batches
 from dispatcher.scheduling.breaker import BreakerState
-from dispatcher.scheduling.choice import SchedulingParameters
-from dispatcher.scheduling.cost_based_prefill import CandidatePool, CostBased
 from dispatcher.scheduling.delayed import Delayed
-from dispatcher.scheduling.overload import OverloadParameters
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.retry_budget import RetryBudget
 from dispatcher.scheduling.scheduler import Scheduler
-from dispatcher.scheduling.window import LANE_SHARE, Window
+from dispatcher.scheduling.window import Window
 from dispatcher.services.cancels import Cancels
 from dispatcher.services.close import Endings
 from dispatcher.services.dispatch import Chosen, Dispatch
@@ -255,7 +252,7 @@ class Dispatcher:
                 state,
                 endings,
                 scheduler,
-                parameters=_overload(settings),
+                parameters=overload_parameters(settings),
                 healthy_s=lambda: self.mirror.healthy.now_s,
             )
             limits = admission_limits(settings, names, requests.reply_partitions)
@@ -331,61 +328,3 @@ class Dispatcher:
         logs, self._open = self._open, []
         for log in logs:
             await log.stop()
-
-
-def admission_limits(settings: DispatcherSettings, names: Names, reply_partitions: int) -> AdmissionLimits:
-    """What a record may be."""
-    return AdmissionLimits(
-        max_record_bytes=settings.max_record_bytes,
-        default_deadline_ms=int(settings.default_deadline_s * 1000),
-        max_deadline_ms=int(settings.max_deadline_s * 1000),
-        request_topic=names.requests(Lane.INTERACTIVE),
-        bodies_topic=names.bodies,
-        reply_topics={names.replies: reply_partitions},
-        isolate_tenants=settings.isolate_tenants,
-    )
-
-
-def scheduling_parameters(settings: DispatcherSettings) -> SchedulingParameters:
-    """How a scheduler weighs."""
-    return SchedulingParameters(
-        work_weight=settings.work_weight,
-        stall_weight=settings.stall_weight,
-        burst_weight=settings.burst_weight,
-        tpot_slo_s=settings.tpot_slo_ms / 1000,
-        pressure_s=settings.pressure_s,
-        size_weight=settings.size_weight,
-        near_tie=settings.near_tie,
-        sampled=settings.candidates,
-        lookahead_min_s=settings.lookahead_min_s,
-        lookahead_max_s=settings.lookahead_max_s,
-        block_size=settings.block_size,
-        batch_wait_s=settings.batch_wait_ms / 1000,
-        batch_size=settings.batch_size,
-        cost_based=CostBased(
-            tie_share=settings.cost_tie_share,
-            tie_s=settings.cost_tie_ms / 1000,
-            hotspot_multiplier=settings.cost_hotspot,
-            imbalance_multiplier=settings.cost_imbalance,
-            queue_limit=settings.cost_queue_limit,
-            hysteresis=settings.cost_hysteresis_percent / 100,
-            slo_s=settings.cost_slo_ms / 1000 if settings.cost_slo_filter else 0.0,
-            slo_margin_s=settings.cost_slo_margin_ms / 1000,
-        ),
-        ttft_pool=CandidatePool(
-            mode=settings.ttft_pool,
-            ratio=settings.ttft_pool_ratio,
-            least=settings.ttft_pool_least,
-            size=settings.ttft_pool_size,
-        ),
-    )
-
-
-def _overload(settings: DispatcherSettings) -> OverloadParameters:
-    share = LANE_SHARE[Lane.INTERACTIVE]
-    return OverloadParameters(
-        target_s=settings.shed_target_s,
-        interval_s=settings.shed_interval_s,
-        lane_requests=share * settings.window_requests,
-        lane_bytes=share * settings.window_bytes,
-    )

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from dispatcher.app import admission_limits, scheduling_parameters
 from dispatcher.backends.clock import Clock
 from dispatcher.backends.connect import KafkaClients
 from dispatcher.backends.outcome_tail import OutcomeTail
@@ -19,6 +18,7 @@ from dispatcher.backends.read_only import ReadOnlyRedis, read_only_kafka
 from dispatcher.backends.request_log import RequestLog
 from dispatcher.backends.scripts import Redis
 from dispatcher.backends.store_view import StoreView
+from dispatcher.parameters import admission_limits, scheduling_parameters
 from dispatcher.protocol.names import Names
 from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.scheduler import Scheduler

@@ -55,6 +55,7 @@ from dispatcher.local.embedded_kafka import EmbeddedKafka
 from dispatcher.local.redis_network import RedisNetwork
 from dispatcher.local.slow_disk import why_no_slow_disk
 from dispatcher.local.stack import LocalServers, LocalStack, Member, StackSettings
+from dispatcher.telemetry.live_line import LiveLine, say
 
 PATIENCE_S = 60.0
 """After the last request answers are waited for until none came for so long: a backlog is no loss."""
@@ -183,7 +184,7 @@ async def run_chaos(options: argparse.Namespace) -> int:
     try:
         return await _chaos(options)
     except asyncio.CancelledError:
-        _say("stopped")
+        say("stopped")
         return 130
 
 
@@ -204,7 +205,7 @@ async def _chaos(options: argparse.Namespace) -> int:
     )
     async with AsyncExitStack() as cleanup:
         folder = options.folder or Path(cleanup.enter_context(_temporary_folder()))
-        servers = await cleanup.enter_async_context(LocalServers(base, folder, tell=_say))
+        servers = await cleanup.enter_async_context(LocalServers(base, folder, tell=say))
         kinds = _possible(options, chosen, servers)
         planned = plan_faults(options.seed, seconds, kinds, overlap=options.overlap)
         if servers.replicated is not None:
@@ -215,12 +216,12 @@ async def _chaos(options: argparse.Namespace) -> int:
         urls = {name: network.url for name, network in networks.items()}
         settings = replace(base, redis_urls=urls)
         stack = await cleanup.enter_async_context(
-            LocalStack(settings, folder=folder, servers=servers, tell=_say)
+            LocalStack(settings, folder=folder, servers=servers, tell=say)
         )
-        _say(f"the stack is up; {len(planned)} faults in {seconds:.0f} s at {options.rate:g} requests/s")
+        say(f"the stack is up; {len(planned)} faults in {seconds:.0f} s at {options.rate:g} requests/s")
         run = _Run(stack, networks, planned, options)
         await run.go(seconds)
-        _say("auditing the raw topics")
+        say("auditing the raw topics")
         found = await audit(stack.kafka, settings.pool, settle_s=SETTLE_S)
     return _conclude(options, run, found)
 
@@ -244,10 +245,10 @@ def _conclude(options: argparse.Namespace, run: _Run, found: AuditResult) -> int
     if found.findings:
         print(audit_text(replace(found, reexecuted=[])))
     if (late_s := lateness_p99_s(run.sent)) > LATE_S:
-        _say(f"the sender itself fell behind (p99 {late_s:.1f} s), so gaps are partly its own: lower --rate")
+        say(f"the sender itself fell behind (p99 {late_s:.1f} s), so gaps are partly its own: lower --rate")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
-    _say("clean: nothing lost, one answer each" if is_clean(report) else "NOT clean, see above")
+    say("clean: nothing lost, one answer each" if is_clean(report) else "NOT clean, see above")
     return 0 if is_clean(report) else 1
 
 
@@ -296,7 +297,7 @@ def _without(
     names = ", ".join(sorted(kinds & unfit))
     if options.faults:
         raise SettingsError(f"--faults: {names}: expected {expected}, seen none: {why}")
-    _say(f"without {names}: {why}")
+    say(f"without {names}: {why}")
     return kinds - unfit
 
 
@@ -330,7 +331,7 @@ class _Run:
         self._overlap: bool = options.overlap
         self._rate: float = options.rate
         self._rng = random.Random(options.seed)
-        self._chaos = Chaos(stack, networks, tell=_say, struck=self.faults.append)
+        self._chaos = Chaos(stack, networks, tell=say, struck=self.faults.append)
         self._answered = 0
         self._served_s = 0.0
         self._last_tell_s = 0.0
@@ -444,18 +445,18 @@ class _Run:
 
     async def _show(self, seconds: float) -> None:
         """A live line on terminals; elsewhere the faults' own lines, and one per ten seconds."""
-        began_s = time.monotonic()
+        began_s, live = time.monotonic(), LiveLine()
         while True:
             line = (
                 f"{time.monotonic() - began_s:.0f} of {seconds:.0f} s: {len(self.sent)} sent, "
                 f"{len(self.sent) - self._answered} waiting, "
                 f"{len(self.faults)} of {len(self._planned)} faults"
             )
-            if sys.stderr.isatty():
-                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            if live.is_live:
+                live.show(line)
             elif time.monotonic() - self._last_tell_s > 10:
                 self._last_tell_s = time.monotonic()
-                _say(line)
+                say(line)
             await asyncio.sleep(SHOW_EVERY_S)
 
 
@@ -481,8 +482,3 @@ def machine() -> str:
         f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}"
     )
-
-
-def _say(text: str) -> None:
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{start}flexlb: {text}", file=sys.stderr, flush=True)

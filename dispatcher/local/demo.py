@@ -13,9 +13,7 @@ import asyncio
 import json
 import random
 import signal
-import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from dispatcher.scheduling.choice import SchedulingParameters
 from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.profile import Profile
 from dispatcher.simulation.profiles import PROFILES
+from dispatcher.telemetry.live_line import LiveLine, say
 
 OURS = "prefill_cost"
 CACHE_SHARE = 1.25
@@ -209,7 +208,7 @@ async def run_demo(options: argparse.Namespace) -> int:
     try:
         return await _demo(options)
     except asyncio.CancelledError:
-        _say("stopped")
+        say("stopped")
         return 130
 
 
@@ -218,10 +217,10 @@ async def _demo(options: argparse.Namespace) -> int:
         folder: Path = options.folder or Path(temporary)
         base = stack_settings(options)
         async with AsyncExitStack() as cleanup:
-            started = cleanup.enter_async_context(LocalServers(base, folder, tell=_say))
+            started = cleanup.enter_async_context(LocalServers(base, folder, tell=say))
             planned = asyncio.to_thread(plan_of, options)
             servers, plan = await asyncio.gather(started, planned)
-            _say(plan.described())
+            say(plan.described())
             baseline_policy = options.baseline or ("none" if options.kill else "random")
             baseline = None
             if baseline_policy != "none":
@@ -236,7 +235,7 @@ async def _demo(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(_merged(ours, baseline, plan, broker, options), indent=2) + "\n")
     good = is_good(ours, baseline)
-    _say("clean: nothing lost, one answer each" if good else "NOT clean, see above")
+    say("clean: nothing lost, one answer each" if good else "NOT clean, see above")
     return 0 if good else 1
 
 
@@ -271,17 +270,17 @@ async def _run(
     settings: StackSettings, plan: Plan, servers: LocalServers, folder: Path, kills: list[str]
 ) -> Figures:
     """One policy: its stack, the trace, the audit."""
-    async with LocalStack(settings, folder=folder, servers=servers, tell=_say) as stack:
-        _say(f"{settings.policy}: the stack is up, the trace takes {plan.seconds:.0f} s")
+    async with LocalStack(settings, folder=folder, servers=servers, tell=say) as stack:
+        say(f"{settings.policy}: the stack is up, the trace takes {plan.seconds:.0f} s")
         result = await _replay(stack, plan, kills)
         busy = {} if kills else await _busy_s(stack)
-        _say(f"{settings.policy}: auditing the raw topics")
+        say(f"{settings.policy}: auditing the raw topics")
         found = await audit(stack.kafka, settings.pool, result.began_ms - 1000, settle_s=SETTLE_S)
         if found.findings:
             print(as_text(found))
         else:
             again = len(found.reexecuted)
-            _say(f"{settings.policy}: audit clean: 0 lost, 0 answered twice, {again} re-executed")
+            say(f"{settings.policy}: audit clean: 0 lost, 0 answered twice, {again} re-executed")
     return figures(
         summarise(result),
         found,
@@ -298,7 +297,7 @@ async def _replay(stack: LocalStack, plan: Plan, kills: list[str]) -> ReplayResu
         async with asyncio.TaskGroup() as group:
             progress = _progress(stack.settings.policy, plan)
             running = group.create_task(replay(client, plan.trace, settings, progress))
-            group.create_task(break_stack(stack, kills, plan.seconds, random.Random(plan.seed), _say))
+            group.create_task(break_stack(stack, kills, plan.seconds, random.Random(plan.seed), say))
         return await running
 
 
@@ -338,14 +337,13 @@ def _merged(
 
 def _progress(policy: str, plan: Plan) -> OnProgress:
     """A live line on terminals, a line per tenth elsewhere."""
-    is_live = sys.stderr.isatty()
-    write: Callable[[str], object] = sys.stderr.write
+    live = LiveLine()
     shown = -1
 
     def show(tally: Tally) -> None:
         nonlocal shown
         tenth = tally.answered * 10 // tally.planned
-        if not is_live and tenth <= shown:
+        if not live.is_live and tenth <= shown:
             return
         shown = tenth
         line = f"{policy}: {tally.sent} of {tally.planned} sent, {tally.answered} answered"
@@ -353,17 +351,11 @@ def _progress(policy: str, plan: Plan) -> OnProgress:
             line += f", first token {tally.ttft_ms / plan.time_scale:,.0f} ms {plan.milliseconds} on average"
         if tally.hit_ratio is not None:
             line += f", {tally.hit_ratio:.1%} of prompt tokens from cache"
-        if not is_live:
-            _say(line)
+        if not live.is_live:
+            say(line)
             return
-        write(f"\r\x1b[K{line}")
+        live.show(line)
         if tally.answered == tally.planned:
-            write("\n")
-        sys.stderr.flush()
+            live.end()
 
     return show
-
-
-def _say(text: str) -> None:
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{start}flexlb: {text}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from dispatcher.local.stack import LocalStack, StackSettings
 from dispatcher.protocol.node import Role
 from dispatcher.scheduling.policies import POLICIES
 from dispatcher.simulation.profiles import PROFILES
+from dispatcher.telemetry.live_line import LiveLine
 
 STATUS_EVERY_S = 1.0
 DEFAULT_NODES = 4
@@ -182,8 +183,9 @@ def _show(stack: LocalStack, *, as_json: bool) -> None:
 
 
 async def _watch(stack: LocalStack, stop: asyncio.Event) -> None:
+    live = LiveLine()
     while not stop.is_set():
-        if sys.stderr.isatty():
+        if live.is_live:
             status = await stack.status()
             line = (
                 f"leader {status['leader']}  nodes {status['nodes']}/{stack.settings.nodes}  "
@@ -191,12 +193,11 @@ async def _watch(stack: LocalStack, stop: asyncio.Event) -> None:
                 if status
                 else "nobody leads"
             )
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            live.show(line)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STATUS_EVERY_S):
                 await stop.wait()
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    live.end()
 
 
 def _say(text: str) -> None:

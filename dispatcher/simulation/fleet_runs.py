@@ -6,13 +6,12 @@ which runs end changes a figure but the wall time.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from dispatcher.simulation.conditions import Conditions
 from dispatcher.simulation.fleet import FleetSimulation, Router, coarse
@@ -23,6 +22,7 @@ from dispatcher.simulation.jumping_engine import JumpingEngine
 from dispatcher.simulation.knee import search
 from dispatcher.simulation.named_router import router_of
 from dispatcher.simulation.profile import Profile
+from dispatcher.telemetry.live_line import LiveLine
 
 NOTHING_AMISS = Conditions()
 
@@ -131,23 +131,20 @@ def _busy_s(turns: Sequence[Turn], nodes: int, profile: Profile, *, are_remote: 
 class Progress:
     """A line on a terminal that says how far the runs are; nothing anywhere else."""
 
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    line: LiveLine = field(default_factory=LiveLine)
     done: int = 0
     _began_s: float = field(default_factory=time.monotonic)
 
     def expect(self, task: Task) -> None:
         """Name the run that is waited for."""
         passed_s = time.monotonic() - self._began_s
-        self._show(f"{self.done} runs in {passed_s:.0f} s; {task.policy} at {task.rate:g}, seed {task.seed}")
+        self.line.show(
+            f"{self.done} runs in {passed_s:.0f} s; {task.policy} at {task.rate:g}, seed {task.seed}"
+        )
 
     def end(self) -> None:
         """Leave no trace."""
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        if self.stream.isatty():
-            self.stream.write(f"\r\x1b[K{text}")
-            self.stream.flush()
+        self.line.clear()
 
 
 class Runner:

@@ -20,11 +20,12 @@ from dispatcher.backends.connect import KafkaClients, connect_kafka
 from dispatcher.backends.environment import add_flags, read_settings
 from dispatcher.backends.traffic_log import TrafficLog
 from dispatcher.errors import SettingsError
+from dispatcher.parameters import admission_limits
 from dispatcher.protocol.names import Lane, Names
 from dispatcher.replay.traces import TraceRequest
-from dispatcher.scheduling.admission import AdmissionLimits
 from dispatcher.settings import DispatcherSettings
 from dispatcher.simulation.recorded_traffic import RecordedTraffic, told_counts
+from dispatcher.telemetry.live_line import LiveLine
 
 CONNECTION = {"kafka", "pool", *KAFKA_ACCESS}
 SINCE_S = 3600.0
@@ -147,10 +148,16 @@ async def read_traffic(
     """
     stream = stream if stream is not None else sys.stderr
     names = Names(settings.pool)
-    progress = _Progress(stream)
+    live = LiveLine(stream)
+
+    def tell(topic: str, read: int, of: int) -> None:
+        live.show(f"reading {topic}: {read:,} of {of:,} records")
+
     kafka = clients if clients is not None else connect_kafka(settings.kafka, settings.kafka_access)
-    log = TrafficLog(kafka, names, progress.tell)
-    traffic = RecordedTraffic(_limits(settings, names), model=options.model, last=options.last)
+    log = TrafficLog(kafka, names, tell)
+    traffic = RecordedTraffic(
+        admission_limits(settings, names, MOST_PARTITIONS), model=options.model, last=options.last
+    )
     since = options.since
     if since is None and options.last is None:
         since = int(1000 * (time.time() - SINCE_S))
@@ -165,7 +172,7 @@ async def read_traffic(
                 async for value in values:
                     traffic.answer(value)
     finally:
-        progress.end()
+        live.clear()
     trace = traffic.trace()
     for line in told_counts(traffic.counts, traffic.models, options.model):
         stream.write(f"{line}\n")
@@ -175,35 +182,3 @@ async def read_traffic(
 def topic_of(settings: DispatcherSettings) -> str:
     """The topic that is read."""
     return Names(settings.pool).requests(Lane.INTERACTIVE)
-
-
-def _limits(settings: DispatcherSettings, names: Names) -> AdmissionLimits:
-    return AdmissionLimits(
-        max_record_bytes=settings.max_record_bytes,
-        default_deadline_ms=int(settings.default_deadline_s * 1000),
-        max_deadline_ms=int(settings.max_deadline_s * 1000),
-        request_topic=names.requests(Lane.INTERACTIVE),
-        bodies_topic=names.bodies,
-        reply_topics={names.replies: MOST_PARTITIONS},
-        isolate_tenants=settings.isolate_tenants,
-    )
-
-
-class _Progress:
-    """A line on a terminal that says how far a read is; nothing anywhere else."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def tell(self, topic: str, read: int, of: int) -> None:
-        """Say how many of how many offsets were read."""
-        self._show(f"reading {topic}: {read:,} of {of:,} records")
-
-    def end(self) -> None:
-        """Leave no trace."""
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        if self._stream.isatty():
-            self._stream.write(f"\r\x1b[K{text}")
-            self._stream.flush()
