@@ -24,7 +24,8 @@ from dispatcher.scheduling.prefix_index import PrefixIndex
 from dispatcher.scheduling.scheduler import Scheduler
 from dispatcher.scheduling.shadow import Summary, Tally
 from dispatcher.services.registry import Registry
-from dispatcher.services.shadow import OutcomeFollower, RecordFollower, ShadowLedger
+from dispatcher.services.shadow import ShadowLedger
+from dispatcher.services.shadow_followers import OutcomeFollower, RecordFollower
 from dispatcher.services.state import LeaderState
 from dispatcher.services.watch import FleetMirror
 from dispatcher.settings import DispatcherSettings

@@ -11,14 +11,14 @@ import contextlib
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from dispatcher.errors import ServerError
 from dispatcher.local.processes import HOST
+from dispatcher.local.started import Started
 from dispatcher.local.valkey import ValkeyServer
 
 SERVICE = "flexlb"
@@ -31,7 +31,7 @@ NOBODY = "nobody-has-this-password"
 REPLICA = {"repl-diskless-sync-delay": "0"}
 
 
-class ReplicatedValkey:
+class ReplicatedValkey(Started):
     """Two Valkeys and `sentinels` Sentinels: `async with ReplicatedValkey(folder) as redis`.
 
     Args:
@@ -45,7 +45,7 @@ class ReplicatedValkey:
             for number in range(1, sentinels + 1)
         ]
         self._quorum = sentinels // 2 + 1
-        self._stack = contextlib.AsyncExitStack()
+        super().__init__()
 
     @property
     def url(self) -> str:
@@ -56,19 +56,6 @@ class ReplicatedValkey:
     def description(self) -> str:
         """One line for people."""
         return f"Valkey with a replica and {len(self.sentinels)} Sentinels, {self.url}"
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
 
     async def _start(self) -> None:
         for server in (*self.servers, *self.sentinels):

@@ -7,14 +7,12 @@ is what the demo and the tests do to it. Processes of `workers_agent` are launch
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 
@@ -25,6 +23,7 @@ from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.broker import Broker, BrokerKind, choose_broker
 from dispatcher.local.processes import HOST, ReservedPort, ServerProcess
 from dispatcher.local.sentinel import ReplicatedValkey
+from dispatcher.local.started import Started
 from dispatcher.local.tcp_proxy import TcpProxy
 from dispatcher.local.valkey import ValkeyServer
 from dispatcher.protocol.names import Names
@@ -150,7 +149,7 @@ async def health(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | N
         return None
 
 
-class LocalServers:
+class LocalServers(Started):
     """Kafka and Redis for stacks on this machine: those that exist already, or local ones made here.
 
     Args:
@@ -164,7 +163,7 @@ class LocalServers:
         self._settings = settings
         self._folder = folder
         self._tell = tell
-        self._stack = contextlib.AsyncExitStack()
+        super().__init__()
         self.broker: Broker | None = None
         self.kafka_proxy: TcpProxy | None = None
         self.valkey: ValkeyServer | None = None
@@ -182,19 +181,6 @@ class LocalServers:
         """Redis URL."""
         local = self.valkey or self.replicated
         return self._settings.redis or (local.url if local else "")
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
 
     async def _start(self) -> None:
         settings = self._settings
@@ -222,7 +208,7 @@ class LocalServers:
             self._tell(local.description)
 
 
-class LocalStack:
+class LocalStack(Started):
     """The stack: `async with LocalStack(...) as stack` starts and stops all of it.
 
     Args:
@@ -248,7 +234,7 @@ class LocalStack:
         self._servers = servers
         self._folder = folder
         self._tell = tell
-        self._stack = contextlib.AsyncExitStack()
+        super().__init__()
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -281,19 +267,6 @@ class LocalStack:
     def members(self) -> list[Member]:
         """All Python processes."""
         return [*self.dispatchers, *self.engines, *self.agents, *self.frontends]
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
 
     async def _start(self) -> None:
         # Unix sockets have short names: they never lie in a folder that somebody else chose.

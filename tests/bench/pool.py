@@ -13,8 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 
@@ -22,6 +21,7 @@ from dispatcher.backends.connect import connect_kafka, connect_redis
 from dispatcher.backends.topics import create_topics
 from dispatcher.local.apache_kafka import ApacheKafka
 from dispatcher.local.stack import HEALTH_TIMEOUT_S, LocalServers, Member, StackSettings, health
+from dispatcher.local.started import Started
 from dispatcher.protocol.names import Lane, Names
 from tests.bench import prompts
 from tests.bench.machine import cpu_s
@@ -90,7 +90,7 @@ class LightNodes:
             await self._process.wait()
 
 
-class Pool:
+class Pool(Started):
     """`async with Pool(flags) as pool`; the dispatcher and the nodes are started by name.
 
     Args:
@@ -113,22 +113,9 @@ class Pool:
         self.topic = self.names.requests(Lane.INTERACTIVE)
         self._flags = flags
         self._is_sampled = is_sampled
-        self._stack = contextlib.AsyncExitStack()
+        super().__init__()
         self.light: list[LightNodes] = []
         self._nodes = 0
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
 
     async def _start(self) -> None:
         self.folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="flexlb-bench-")))
