@@ -7,6 +7,7 @@ simulation can hand in a log of its own with the same semantics.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from dispatcher.tasks import to_the_end
 REDIS_TIMEOUT_S = 2.0
 """A command without an answer for this long counts as unanswered."""
 CLOSE_TIMEOUT_S = 5.0
+DROP_TIMEOUT_S = 1.0
 LOGIN = "kafka_user, kafka_password and kafka_mechanism"
 """The Kafka client tells a refused login in its log alone."""
 NO_LOGIN = RedisAccess()
@@ -89,7 +91,7 @@ def connect_redis(
 
 
 async def close_kafka_client(client: Any) -> None:
-    """Close a producer or consumer; one that can't say goodbye is left to time out at the broker.
+    """Close a producer or consumer; one that can't say goodbye is dropped, to time out at the broker.
 
     Being cancelled meanwhile does not cut it off: what is half closed would never be closed.
     """
@@ -101,7 +103,25 @@ async def _stop(client: Any) -> None:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.stop()
     except (KafkaError, OSError, TimeoutError, RuntimeError, AssertionError):
-        pass
+        await _drop(client)
+
+
+async def _drop(client: Any) -> None:
+    """Close the connections of a client whose own goodbye was cut off before it came to them.
+
+    A second `stop` would do nothing, and they would stay open until they are collected, whenever that is.
+    """
+    if isinstance(client, AIOKafkaConsumer):
+        connections, worker = client._client, getattr(client._fetcher, "_fetch_task", None)
+    elif isinstance(client, AIOKafkaProducer):
+        connections, worker = client.client, getattr(client._sender, "_sender_task", None)
+    else:
+        return
+    if worker is not None:
+        worker.cancel()
+    with contextlib.suppress(KafkaError, OSError, TimeoutError):
+        async with asyncio.timeout(DROP_TIMEOUT_S):
+            await connections.close()
 
 
 @dataclass(frozen=True, kw_only=True)
