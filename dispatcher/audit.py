@@ -31,13 +31,14 @@ from hashlib import blake2b
 from typing import Any, Protocol
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
 from dispatcher.backends.access import KAFKA_ACCESS
 from dispatcher.backends.addresses import KAFKA_SERVERS, is_kafka_servers
 from dispatcher.backends.connect import connect_kafka
 from dispatcher.backends.environment import add_flags, read_settings
+from dispatcher.backends.topic_ranges import Ranges, ranges_of, read_ranges
 from dispatcher.errors import LogUnavailable, SettingsError
 from dispatcher.protocol import codec
 from dispatcher.protocol.names import Attempt, Lane, Names, Ref
@@ -53,9 +54,6 @@ POLL_MS = 1000
 JUDGE_EVERY_S = 1.0
 STALL_S = 60.0
 """A read that does not advance for this long is given up."""
-
-Ranges = dict[TopicPartition, tuple[int, int]]
-"""By partition, the first offset to read and the one to stop before."""
 
 
 class Kind(StrEnum):
@@ -611,12 +609,12 @@ class _Reading:
             await self._read_requests(requests, since_ms)
             endings = (self._names.outcomes, self._names.dead)
             async with self._consumer("read_committed", *endings) as outcomes:
-                await self._read(outcomes, await _range(outcomes, since_ms))
+                await self._read(outcomes, await ranges_of(outcomes, since_ms=since_ms))
                 await self._settle(outcomes, settle_s)
             for tp, end in (await requests.end_offsets(list(requests.assignment()))).items():
                 ledger.source(LANES[self._kinds[tp.topic]], tp.partition).log_end = end
         async with self._consumer("read_uncommitted", self._names.replies) as replies:
-            await self._read(replies, await _range(replies, ledger.from_ms))
+            await self._read(replies, await ranges_of(replies, since_ms=ledger.from_ms))
         return judge(ledger)
 
     async def _check_topics(self) -> None:
@@ -647,7 +645,7 @@ class _Reading:
 
     async def _read_requests(self, consumer: Any, since_ms: int) -> None:
         ledger = self._ledger
-        ranges = await _range(consumer, since_ms, ledger.to_ms)
+        ranges = await ranges_of(consumer, since_ms=since_ms, to_ms=ledger.to_ms)
         starts = await consumer.beginning_offsets(list(ranges))
         for tp, (first, end) in ranges.items():
             source = ledger.source(LANES[self._kinds[tp.topic]], tp.partition)
@@ -660,26 +658,8 @@ class _Reading:
         await self._read(consumer, ranges)
 
     async def _read(self, consumer: Any, ranges: Ranges) -> None:
-        for tp, (first, _) in ranges.items():
-            consumer.seek(tp, first)
-        moved_s, positions = time.monotonic(), dict[TopicPartition, int]()
-        while True:
-            before, positions = positions, {tp: await consumer.position(tp) for tp in ranges}
-            behind = [tp for tp, (_, end) in ranges.items() if positions[tp] < end]
-            if not behind:
-                return
-            if positions != before:
-                moved_s = time.monotonic()
-            elif time.monotonic() - moved_s > STALL_S:
-                raise LogUnavailable(
-                    f"{behind[0].topic}[{behind[0].partition}]: no record for {STALL_S:.0f} s at offset "
-                    f"{positions[behind[0]]}, expected to reach {ranges[behind[0]][1]}"
-                )
-            for tp, records in (await consumer.getmany(*behind, timeout_ms=POLL_MS)).items():
-                kind, end = self._kinds[tp.topic], ranges[tp][1]
-                for record in records:
-                    if record.offset < end:
-                        self._ledger.add(kind, record)
+        async for record in read_ranges(consumer, ranges, poll_ms=POLL_MS, stall_s=STALL_S):
+            self._ledger.add(self._kinds[record.topic], record)
 
     async def _settle(self, consumer: Any, settle_s: float) -> None:
         """Follow outcomes and dead letters while some are missing and time is left."""
@@ -695,22 +675,6 @@ class _Reading:
                     for record in records:
                         self._ledger.add(self._kinds[tp.topic], record)
                         is_new = True
-
-
-async def _range(consumer: Any, since_ms: int, to_ms: int | None = None) -> Ranges:
-    """The offsets of each partition that were appended from `since_ms` to `to_ms`, or until now."""
-    partitions = sorted(consumer.assignment())
-    ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
-    firsts = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
-    lasts = {}
-    if to_ms is not None:
-        lasts = await consumer.offsets_for_times(dict.fromkeys(partitions, to_ms + 1))
-    ranges = {}
-    for tp in partitions:
-        first, last = firsts.get(tp), lasts.get(tp)
-        end = ends[tp] if last is None else min(last.offset, ends[tp])
-        ranges[tp] = (end if first is None else min(first.offset, end), end)
-    return ranges
 
 
 # The command

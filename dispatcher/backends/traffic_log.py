@@ -7,8 +7,7 @@ while it is read is left out.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +16,9 @@ from aiokafka import TopicPartition
 from dispatcher.backends.connect import KafkaClients, close_kafka_client
 from dispatcher.backends.kafka_errors import NO_ANSWER
 from dispatcher.backends.request_log import LogRecord, record_of
+from dispatcher.backends.topic_ranges import Ranges, ranges_of, read_ranges
 from dispatcher.backends.topics import partition_counts
-from dispatcher.errors import LogRefused, LogUnavailable
+from dispatcher.errors import LogRefused
 from dispatcher.protocol.names import Lane, Names
 
 POLL_MS = 500
@@ -26,8 +26,6 @@ STALL_S = 30.0
 """Without a record for so long before the end the read is given up."""
 FETCH_BYTES = 4 << 20
 
-Ranges = Mapping[TopicPartition, tuple[int, int]]
-"""First offset and the one after the last, by partition."""
 Told = Callable[[str, int, int], None]
 """Is told of which topic how many of how many offsets were read."""
 
@@ -55,7 +53,7 @@ class TrafficLog:
         """
         topic = self._names.requests(Lane.INTERACTIVE)
         async with self._reading(topic) as consumer:
-            ranges = await _range(consumer, since_ms, last)
+            ranges = await ranges_of(consumer, since_ms=since_ms, last=last)
             if not any(first < end for first, end in ranges.values()):
                 raise LogRefused(await self._nothing(consumer, topic, since_ms))
             async for record in self._read(consumer, topic, ranges):
@@ -69,7 +67,7 @@ class TrafficLog:
         """
         topic = self._names.outcomes
         async with self._reading(topic) as consumer:
-            async for record in self._read(consumer, topic, await _range(consumer, since_ms, None)):
+            async for record in self._read(consumer, topic, await ranges_of(consumer, since_ms=since_ms)):
                 yield record.value or b""
 
     @contextlib.asynccontextmanager
@@ -91,30 +89,14 @@ class TrafficLog:
         finally:
             await close_kafka_client(consumer)
 
-    async def _read(self, consumer: Any, topic: str, ranges: Ranges) -> AsyncIterator[Any]:
-        for tp, (first, _) in ranges.items():
-            consumer.seek(tp, first)
-        total = sum(end - first for first, end in ranges.values())
-        moved_s, positions = time.monotonic(), dict[TopicPartition, int]()
-        while True:
-            before, positions = positions, {tp: await consumer.position(tp) for tp in ranges}
-            self._told(
-                topic, total - sum(max(0, end - positions[tp]) for tp, (_, end) in ranges.items()), total
-            )
-            behind = [tp for tp, (_, end) in ranges.items() if positions[tp] < end]
-            if not behind:
-                return
-            if positions != before:
-                moved_s = time.monotonic()
-            elif time.monotonic() - moved_s > STALL_S:
-                raise LogUnavailable(
-                    f"{topic}[{behind[0].partition}]: expected to reach offset {ranges[behind[0]][1]}, seen "
-                    f"no record for {STALL_S:.0f} s at {positions[behind[0]]}; is the broker well?"
-                )
-            for tp, records in (await consumer.getmany(*behind, timeout_ms=POLL_MS)).items():
-                for record in records:
-                    if record.offset < ranges[tp][1]:
-                        yield record
+    def _read(self, consumer: Any, topic: str, ranges: Ranges) -> AsyncIterator[Any]:
+        return read_ranges(
+            consumer,
+            ranges,
+            poll_ms=POLL_MS,
+            stall_s=STALL_S,
+            told=lambda read, of: self._told(topic, read, of),
+        )
 
     async def _nothing(self, consumer: Any, topic: str, since_ms: int | None) -> str:
         partitions = sorted(consumer.assignment())
@@ -128,16 +110,3 @@ class TrafficLog:
         return (
             f"topic {topic}: expected requests since {since}, seen only older ones ({held}); go further back"
         )
-
-
-async def _range(consumer: Any, since_ms: int | None, last: int | None) -> Ranges:
-    partitions = sorted(consumer.assignment())
-    firsts: Mapping[TopicPartition, int] = await consumer.beginning_offsets(partitions)
-    ends: Mapping[TopicPartition, int] = await consumer.end_offsets(partitions)
-    if since_ms is not None:
-        found = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
-        firsts = {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in partitions}
-    return {
-        tp: (max(firsts[tp], ends[tp] - last) if last is not None else min(firsts[tp], ends[tp]), ends[tp])
-        for tp in partitions
-    }

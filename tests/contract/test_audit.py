@@ -425,11 +425,11 @@ class Topics:
     async def chunk(self, value: bytes) -> None:
         await self._plain.send_and_wait(self.names.replies, value)
 
-    async def publish(self, *outcomes: bytes, dead: bytes = b"") -> None:
+    async def publish(self, *outcomes: bytes, dead: bytes = b"", partition: int | None = None) -> None:
         """Publish in one transaction."""
         async with self._leader.transaction():
             for outcome in outcomes:
-                await self._leader.send(self.names.outcomes, outcome)
+                await self._leader.send(self.names.outcomes, outcome, partition=partition)
             if dead:
                 await self._leader.send(self.names.dead, dead)
 
@@ -441,11 +441,27 @@ class Topics:
         await self._leader.flush()
         await self._leader.abort_transaction()
 
-    async def audit(self, *, settle_s: float = 0.0, waits: asyncio.Event | None = None) -> AuditResult:
-        """Audit everything; `waits` is set when the audit waits for late outcomes."""
+    async def audit(
+        self, *, settle_s: float = 0.0, waits: asyncio.Event | None = None, late: bytes = b""
+    ) -> AuditResult:
+        """Audit everything.
+
+        Args:
+            waits: is set when the audit waits for late outcomes.
+            late: an outcome published right after the audit has asked where the outcomes end.
+        """
 
         def consumers(*topics: str, **options: Any) -> Any:
             consumer = self.kafka.consumer(*topics, **options)
+            if late and self.names.outcomes in topics:
+                ends = consumer.end_offsets
+
+                async def end_offsets(partitions: Any) -> Any:
+                    found = await ends(partitions)
+                    await self.publish(late, partition=0)
+                    return found
+
+                consumer.end_offsets = end_offsets
             if waits is not None and self.names.outcomes in topics:
                 read = consumer.getmany
 
@@ -503,6 +519,28 @@ async def every_control(topics: Topics) -> None:
     assert [one.id for one in result.duplicated] == ["r5"]
     assert [(one.id, one.ref) for one in result.orphans] == [("ghost", "i0_900")]
     assert result.exit_code == 1
+
+
+async def an_outcome_beside_the_reading(topics: Topics) -> None:
+    first, second = await topics.request("first"), await topics.request("second")
+    await topics.publish(outcome_of("first", first), partition=0)
+    result = await topics.audit(settle_s=20.0, late=outcome_of("second", second))
+    assert (result.exit_code, result.lost, result.outcomes) == (0, [], {"Completed": 2})
+
+
+@pytest.mark.kafka
+async def test_an_outcome_published_while_they_are_read_is_not_missed(kafka: KafkaAddress, pool: str) -> None:
+    async with pool_topics(kafka.clients, pool) as topics:
+        await an_outcome_beside_the_reading(topics)
+
+
+def test_an_outcome_published_while_they_are_read_is_not_missed_in_the_simulated_log() -> None:
+    async def main() -> None:
+        network = Network(random.Random(1), loop.current(), CALM)
+        async with pool_topics(SimKafka(network).clients(network.process("audit")), "p") as topics:
+            await an_outcome_beside_the_reading(topics)
+
+    loop.run(main())
 
 
 @pytest.mark.kafka
